@@ -1,0 +1,2 @@
+//! The socket API: wire format, methods, server.
+pub mod methods;

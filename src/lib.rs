@@ -1,0 +1,6 @@
+//! Lodestream: a node daemon that keeps models resident in memory and hands them to processes without a copy.
+#![deny(unsafe_code)]
+pub mod api;
+pub mod config;
+pub mod error;
+pub use error::{Code, Error, Result};

@@ -1,0 +1,2 @@
+//! `lodestream`: the daemon and its command line.
+fn main() {}
