@@ -1,6 +1,13 @@
 //! Lodestream: a node daemon that keeps models resident in memory and hands them to processes without a copy.
 #![deny(unsafe_code)]
+
 pub mod api;
 pub mod config;
+pub mod catalog;
+pub mod checksum;
 pub mod error;
+pub mod plan;
+pub mod shard;
+pub mod staging;
+pub mod sys;
 pub use error::{Code, Error, Result};
