@@ -8,6 +8,8 @@ pub mod checksum;
 pub mod error;
 pub mod plan;
 pub mod shard;
+pub mod source;
 pub mod staging;
 pub mod sys;
+pub mod tier;
 pub use error::{Code, Error, Result};

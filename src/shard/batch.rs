@@ -162,7 +162,7 @@ impl Progress {
     }
 
     /// The first failure is kept and stops the batch.
-    pub(super) fn fail(&self, error: Error) {
+    pub fn fail(&self, error: Error) {
         let _ = self.failure.set(error);
         self.stop();
     }
