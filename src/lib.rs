@@ -3,4 +3,5 @@
 pub mod api;
 pub mod config;
 pub mod error;
+pub mod telemetry;
 pub use error::{Code, Error, Result};

@@ -2,6 +2,8 @@
 //!
 //! This is the only module that reads the environment. Everything below it receives values.
 
+pub mod level;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
