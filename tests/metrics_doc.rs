@@ -1,4 +1,5 @@
 //! `docs/metrics.md` and the metric table say the same: names, types, labels, units; both ways.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::collections::BTreeSet;
 
