@@ -4,4 +4,5 @@ pub mod api;
 pub mod config;
 pub mod error;
 pub mod telemetry;
+pub mod topology;
 pub use error::{Code, Error, Result};
