@@ -8,4 +8,5 @@ pub mod lease;
 pub mod mem;
 pub mod page_cache;
 pub mod pages;
+pub mod peer;
 pub mod uring;
