@@ -4,10 +4,10 @@
 pub mod api;
 pub mod catalog;
 pub mod checksum;
-pub mod client;
 pub mod config;
 pub mod daemon;
 pub mod error;
+mod json;
 pub mod node;
 pub mod plan;
 pub mod shard;

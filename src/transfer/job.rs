@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
+use super::Name;
 use crate::api::methods::{ErrorData, JobInfo, JobState};
 use crate::error::{Code, Error};
 use crate::shard::{Path, Phase, Progress};
@@ -23,8 +24,7 @@ pub struct Job {
     pub id: JobId,
     /// What it fills.
     pub entry: EntryId,
-    artifact: String,
-    device: String,
+    name: Name,
     created: Instant,
     /// Bytes that have arrived; also the way to stop it.
     pub(super) progress: Arc<Progress>,
@@ -64,6 +64,13 @@ pub struct Interest {
     number: u64,
 }
 
+impl Interest {
+    /// The job.
+    pub fn job(&self) -> &Rc<Job> {
+        &self.job
+    }
+}
+
 impl Drop for Interest {
     fn drop(&mut self) {
         self.job.interests.borrow_mut().retain(|other| other.number != self.number || other.connection.is_none());
@@ -72,12 +79,11 @@ impl Drop for Interest {
 }
 
 impl Job {
-    pub(super) fn new(id: JobId, entry: EntryId, artifact: String, device: String) -> Job {
+    pub(super) fn new(id: JobId, entry: EntryId, name: Name) -> Job {
         Job {
             id,
             entry,
-            artifact,
-            device,
+            name,
             created: Instant::now(),
             progress: Arc::default(),
             total: Cell::new(0),
@@ -185,8 +191,8 @@ impl Job {
         JobInfo {
             job: self.id,
             state: self.state(),
-            artifact: self.artifact.clone(),
-            device: self.device.clone(),
+            artifact: self.name.source.clone(),
+            device: self.name.device.clone(),
             bytes,
             total,
             rate,

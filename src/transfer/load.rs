@@ -225,7 +225,7 @@ impl Jobs {
 }
 
 /// Runs something that blocks off the control thread.
-async fn blocking<T: Send + 'static>(act: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub async fn blocking<T: Send + 'static>(act: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let joined = tokio::task::spawn_blocking(act).await;
     joined.unwrap_or_else(|_| Err(Error::new(Code::Internal, "a thread of the control plane failed")))
 }

@@ -16,7 +16,7 @@ use crate::catalog;
 use crate::error::{Code, Error, Result};
 use crate::source::file::{self, OpenFile};
 use crate::tier::residency::{Entry, EntryId, Hold, State};
-use crate::transfer::{self, Claim, Wanted};
+use crate::transfer::{self, Claim, Name, Wanted};
 
 impl Connection {
     /// Opens the files of a source with the client's own rights (invariant 7). Gives them and what to call them.
@@ -48,7 +48,8 @@ impl Connection {
     ) -> Result<Wanted> {
         check_device(device)?;
         let (files, source) = self.open(source, fds).await?;
-        Ok(Wanted { files, source, select, device: device.to_owned(), priority, tenant: self.tenant.uid })
+        let name = Name { source, device: device.to_owned() };
+        Ok(Wanted { files, name, select, priority, tenant: self.tenant.uid })
     }
 
     pub(super) async fn resolve(&self, request: ResolveRequest, fds: Vec<OwnedFd>) -> Result<ResolveReply> {

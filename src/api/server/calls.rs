@@ -90,14 +90,14 @@ impl Connection {
     async fn prefetch(self: &Rc<Self>, request: PrefetchRequest, fds: Vec<OwnedFd>) -> Result<PrefetchReply> {
         let deadline = request.deadline_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
         let wanted = self.wanted(request.source, fds, request.select, &request.device, request.priority).await?;
-        let again = wanted.summary();
+        let name = wanted.name.clone();
         let connection = (!request.detach).then_some(self.number);
         let Claim { hold, job } = self.node.jobs.want(wanted, connection, deadline)?;
         if request.pin {
             self.node.residency.pin(hold.id(), self.tenant.uid)?;
         }
         let job = match job {
-            None => self.node.jobs.done(hold.id(), &again),
+            None => self.node.jobs.done(hold.id(), &name, self.tenant.uid),
             Some((job, interest)) => {
                 let mut interests = self.interests.borrow_mut();
                 interests.retain(|_, interest| !interest.job().state().ended());
@@ -107,7 +107,7 @@ impl Connection {
         };
         if request.notify {
             let (connection, job) = (Rc::clone(self), Rc::clone(&job));
-            self.background(async move { connection.report(&job).await });
+            tokio::task::spawn_local(async move { connection.report(&job).await });
         }
         Ok(PrefetchReply { job: job.info() })
     }

@@ -246,7 +246,7 @@ impl Connection {
     /// Reports a job's progress until it ends. A client that reads slowly gets fewer reports.
     pub(super) async fn report(&self, job: &Job) {
         let mut tick = tokio::time::interval(PROGRESS_INTERVAL);
-        while !job.state().ended() {
+        while !job.state().ended() && !self.out.is_closed() {
             tokio::select! {
                 _ = tick.tick() => {
                     let _ = self.out.try_send(Outgoing::Progress(Box::new(job.info())));
