@@ -3,4 +3,6 @@
 pub mod api;
 pub mod config;
 pub mod error;
+mod json;
+pub mod sys;
 pub use error::{Code, Error, Result};
