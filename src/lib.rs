@@ -4,5 +4,6 @@ pub mod api;
 pub mod config;
 pub mod error;
 mod json;
+pub mod source;
 pub mod sys;
 pub use error::{Code, Error, Result};
