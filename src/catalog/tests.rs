@@ -139,3 +139,28 @@ fn a_file_that_became_shorter_is_noticed() {
     fs::File::options().write(true).open(&path).unwrap().set_len(20).unwrap();
     assert_eq!(code(&files), Code::SourceFileShortRead);
 }
+
+/// The seeds of the fuzz targets: written by the stock libraries of the formats, and by this one.
+#[test]
+fn stock_files_are_read() {
+    let seed =
+        |name: &str| fs::read(format!("{}/tests/fuzz/seeds/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let tensors = |extension: &str, name: &str| -> Vec<(String, &str, Vec<u64>, u64)> {
+        let files = open(&[(&format!("a.{extension}"), seed(name))]);
+        let list = describe(&files, &limits()).unwrap().tensors.into_iter();
+        list.map(|tensor| (tensor.name, tensor.dtype.as_str(), tensor.shape, tensor.nbytes)).collect()
+    };
+    let expected = [
+        ("token_embd.weight".to_owned(), "F32", vec![3, 32], 384),
+        ("blk.0.attn_q.weight".to_owned(), "Q8_0", vec![2, 64], 136),
+        ("norm".to_owned(), "F16", vec![5], 10),
+    ];
+    assert_eq!(tensors("gguf", "gguf/model"), expected);
+    assert_eq!(tensors("gguf", "gguf/aligned").len(), 2);
+    assert_eq!(tensors("safetensors", "safetensors/numpy").len(), 5);
+    assert_eq!(tensors("safetensors", "safetensors/subbyte").len(), 4);
+    assert_eq!(tensors("safetensors", "safetensors/empty").len(), 0);
+    let index = |name| crate::source::file::index::parse(&seed(name), 10).unwrap().len();
+    assert_eq!((index("index/stock"), index("index/small")), (2, 1));
+    assert!(manifest::Manifest::parse(&seed("manifest/two_files"), &limits()).is_ok());
+}
