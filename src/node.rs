@@ -13,7 +13,8 @@ use crate::api::methods::{
 use crate::catalog::store::Store;
 use crate::config::{self, Config};
 use crate::shard::Shard;
-use crate::source::file::{Roots, Tenant};
+use crate::source::file::Roots;
+use crate::sys::identity::Tenant;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
 use crate::tier::residency::Residency;

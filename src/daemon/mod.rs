@@ -114,7 +114,10 @@ async fn serve(
     };
 
     let roots = Arc::new(Roots::open(&config.roots)?);
-    let store = config.state_dir.as_deref().map(|state| Store::open(&state.join("manifests"), MANIFESTS_MAX));
+    let store = config.state_dir.as_deref().map(|state| {
+        let opened = Store::open(&state.join("manifests"), MANIFESTS_MAX, &config.limits);
+        opened.map_err(|error| start_failed(format!("state_dir {} cannot be used: {error}", state.display())))
+    });
     let store = store.transpose()?.map(Arc::new);
     let host = Host::new(&config.host, choice);
     let residency = Residency::new(Rc::clone(&host));
@@ -148,7 +151,10 @@ async fn serve(
         lease: Cell::new(0),
     });
 
-    let filled = { let metrics = Arc::clone(&metrics); move |time| metrics.pool_filled(time) };
+    let filled = {
+        let metrics = Arc::clone(&metrics);
+        move |time| metrics.pool_filled(time)
+    };
     let keeping = tokio::task::spawn_local(Rc::clone(&host).keep(filled));
     let publishing = tokio::task::spawn_local(publish::run(Rc::clone(&node)));
     let server = Server::new(Rc::clone(&node));
@@ -187,7 +193,11 @@ async fn serve(
     server.close().await;
     keeping.abort();
     node.residency.clear();
-    let freed = async { while node.residency.host().account().freeing > 0 { host.changed().await } };
+    let freed = async {
+        while node.residency.host().account().freeing > 0 {
+            host.changed().await
+        }
+    };
     if tokio::time::timeout(FREE_TIMEOUT, freed).await.is_err() {
         tracing::warn!("memory is still being freed");
     }
@@ -323,4 +333,3 @@ impl HugePages {
         }
     }
 }
-

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use crate::api::methods::{ErrorData, JobState, PreloadStatus};
 use crate::config::Preload;
 use crate::error::{Code, Error, Result};
+use crate::json::shown;
 use crate::node::Node;
-use crate::source::file::{self, Tenant};
+use crate::sys::identity::Tenant;
 use crate::telemetry::readiness::State;
 use crate::transfer::{self, Claim, Name, Wanted};
 
@@ -66,7 +67,7 @@ async fn load(node: &Rc<Node>, entry: &Preload) -> Result<()> {
     let tenant = Tenant { uid: node.own_uid, gid: rustix::process::getegid().as_raw(), groups: Vec::new() };
     let uid = tenant.uid;
     let files = transfer::blocking(move || roots.open_artifact(&uri, &tenant, &limits)).await?;
-    let name = Name { source: file::shown(&entry.source), device: entry.device.clone() };
+    let name = Name { source: shown(&entry.source), device: entry.device.clone() };
     let wanted = Wanted { files, name, select: None, priority: entry.priority, tenant: uid };
     let Claim { hold, job } = node.jobs.want(wanted, None, None)?;
     if entry.pin {

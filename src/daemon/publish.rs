@@ -46,7 +46,8 @@ fn since(before: &mut u64, now: u64) -> u64 {
 
 impl Publisher {
     fn new(node: &Node) -> Publisher {
-        let shards = (0..node.shards.len() as u32).map(|index| (node.metrics.shard(index), Before::default()));
+        let shards =
+            (0..node.shards.len() as u32).map(|index| (node.metrics.shard(index), Before::default()));
         Publisher {
             reads: node.metrics.reads(Source::File),
             host: node.metrics.device("host"),

@@ -257,7 +257,8 @@ impl Residency {
     pub fn find_digest(&self, digest: &str, select: Option<&[Selector]>, viewer: Viewer) -> Result<EntryId> {
         let table = self.table.borrow();
         let found = table.entries.values().rev().find(|entry| {
-            let known = matches!(&entry.state, State::Resident(content) if content.digest.as_deref() == Some(digest));
+            let known =
+                matches!(&entry.state, State::Resident(content) if content.digest.as_deref() == Some(digest));
             known && entry.key.select.as_deref() == select && entry.seen_by(viewer)
         });
         found.map(|entry| entry.id).ok_or_else(|| {
@@ -480,5 +481,8 @@ impl Entry {
 
 /// The error for what is not, or not yet, resident.
 pub fn not_resident() -> Error {
-    Error::new(Code::ArtifactNotResident, "the artifact is not resident: prefetch it, or attach with \"wait\": true")
+    Error::new(
+        Code::ArtifactNotResident,
+        "the artifact is not resident: prefetch it, or attach with \"wait\": true",
+    )
 }

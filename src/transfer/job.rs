@@ -73,7 +73,10 @@ impl Interest {
 
 impl Drop for Interest {
     fn drop(&mut self) {
-        self.job.interests.borrow_mut().retain(|other| other.number != self.number || other.connection.is_none());
+        self.job
+            .interests
+            .borrow_mut()
+            .retain(|other| other.number != self.number || other.connection.is_none());
         self.job.interest.notify_one();
     }
 }
@@ -98,7 +101,12 @@ impl Job {
     }
 
     /// Registers an interest. With `connection` it ends when dropped; without, it stays to the end of the job.
-    pub fn join(self: &Rc<Self>, tenant: u32, connection: Option<u64>, deadline: Option<Instant>) -> Interest {
+    pub fn join(
+        self: &Rc<Self>,
+        tenant: u32,
+        connection: Option<u64>,
+        deadline: Option<Instant>,
+    ) -> Interest {
         let number = self.next_interest.get();
         self.next_interest.set(number + 1);
         self.tenants.borrow_mut().insert(tenant);
@@ -123,7 +131,9 @@ impl Job {
         let interests = self.interests.borrow();
         if interests.is_empty() {
             let message = "the job was cancelled: nobody waits for it any more";
-            return Some(Error::new(Code::JobCancelled, message).kept("nothing of it; its memory was given back"));
+            return Some(
+                Error::new(Code::JobCancelled, message).kept("nothing of it; its memory was given back"),
+            );
         }
         let now = Instant::now();
         let late = |interested: &Interested| interested.deadline.is_some_and(|deadline| deadline <= now);
@@ -186,7 +196,8 @@ impl Job {
             None => began.elapsed(),
         });
         let rate = running.map_or(0.0, |time| bytes as f64 / time.as_secs_f64().max(1e-9));
-        let eta = (rate > 0.0 && outcome.is_none()).then(|| (total.saturating_sub(bytes) as f64 / rate * 1e3) as u64);
+        let eta = (rate > 0.0 && outcome.is_none())
+            .then(|| (total.saturating_sub(bytes) as f64 / rate * 1e3) as u64);
         let observed = Path::ALL.iter().map(|path| (path.as_str().to_owned(), self.progress.bytes(*path)));
         JobInfo {
             job: self.id,
@@ -219,7 +230,10 @@ impl Job {
             ("copy", Phase::Copy),
             (if from_cache { "copy" } else { "memory" }, Phase::Submit),
         ];
-        let (name, nanos) = phases.map(|(name, phase)| (name, self.progress.nanos(phase))).into_iter().max_by_key(|(_, nanos)| *nanos)?;
+        let (name, nanos) = phases
+            .map(|(name, phase)| (name, self.progress.nanos(phase)))
+            .into_iter()
+            .max_by_key(|(_, nanos)| *nanos)?;
         (nanos > 0).then_some(name)
     }
 }

@@ -9,11 +9,12 @@ use std::time::Instant;
 use super::connection::Connection;
 use super::writer::Attached;
 use crate::api::methods::{
-    ArtifactInfo, ArtifactReply, ArtifactRequest, AttachRequest, FileInfo, ResolveReply, ResolveRequest, Selector,
-    Source, TensorInfo,
+    ArtifactInfo, ArtifactReply, ArtifactRequest, AttachRequest, FileInfo, ResolveReply, ResolveRequest,
+    Selector, Source, TensorInfo,
 };
 use crate::catalog;
 use crate::error::{Code, Error, Result};
+use crate::json::shown;
 use crate::source::file::{self, OpenFile};
 use crate::tier::residency::{Entry, EntryId, Hold, State};
 use crate::transfer::{self, Claim, Name, Wanted};
@@ -21,11 +22,12 @@ use crate::transfer::{self, Claim, Name, Wanted};
 impl Connection {
     /// Opens the files of a source with the client's own rights (invariant 7). Gives them and what to call them.
     async fn open(&self, source: Source, fds: Vec<OwnedFd>) -> Result<(Vec<OpenFile>, String)> {
-        let (roots, tenant, limits) = (Arc::clone(&self.node.roots), self.tenant.clone(), self.limits.clone());
+        let (roots, tenant, limits) =
+            (Arc::clone(&self.node.roots), self.tenant.clone(), self.limits.clone());
         transfer::blocking(move || match source {
             Source::Uri(uri) => {
                 let files = roots.open_artifact(&uri, &tenant, &limits)?;
-                Ok((files, file::shown(&uri)))
+                Ok((files, shown(&uri)))
             }
             Source::Fds(sent) => {
                 let files = file::from_fds(fds, &sent.names, &limits)?;
@@ -57,7 +59,8 @@ impl Connection {
         let key = transfer::key(&files, None);
         let (limits, store) = (self.limits.clone(), self.node.store.clone());
         let described = transfer::blocking(move || {
-            let known = store.and_then(|store| store.get(&files)).map(|manifest| manifest.digest());
+            let known =
+                store.and_then(|store| store.get(&files)).map(|manifest| manifest.digest().to_owned());
             Ok((catalog::describe(&files, &limits)?, known))
         });
         let (description, known) = described.await?;
@@ -86,7 +89,11 @@ impl Connection {
         })
     }
 
-    pub(super) async fn attach(self: &Rc<Self>, request: AttachRequest, fds: Vec<OwnedFd>) -> Result<Attached> {
+    pub(super) async fn attach(
+        self: &Rc<Self>,
+        request: AttachRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Attached> {
         let began = Instant::now();
         check_device(&request.device)?;
         if self.leases.borrow().len() >= self.limits.leases_per_connection_max as usize {
@@ -133,7 +140,11 @@ impl Connection {
         let content = hold.content()?;
         timed("load");
         let metrics = &self.node.metrics;
-        if loaded { metrics.waited(began.elapsed()) } else { metrics.attached(began.elapsed()) }
+        if loaded {
+            metrics.waited(began.elapsed())
+        } else {
+            metrics.attached(began.elapsed())
+        }
         timings.insert("total".to_owned(), began.elapsed().as_secs_f64() * 1e3);
         let lease = self.node.next_lease();
         self.leases.borrow_mut().insert(lease, hold);
@@ -144,7 +155,8 @@ impl Connection {
     fn resident(&self, wanted: &Wanted) -> Result<Hold> {
         let residency = &self.node.residency;
         let entry = residency.known(&wanted.key(), self.tenant.uid);
-        let entry = entry.filter(|entry| residency.with(*entry, |entry| entry.state.is_resident()).unwrap_or(false));
+        let entry =
+            entry.filter(|entry| residency.with(*entry, |entry| entry.state.is_resident()).unwrap_or(false));
         residency.hold(entry.ok_or_else(crate::tier::residency::not_resident)?)
     }
 
@@ -156,7 +168,7 @@ impl Connection {
         match (request.source, request.digest) {
             (Some(source), None) => {
                 let name = match &source {
-                    Source::Uri(uri) => Some(file::shown(uri)),
+                    Source::Uri(uri) => Some(shown(uri)),
                     Source::Fds(_) => None,
                 };
                 match self.open(source, fds).await {

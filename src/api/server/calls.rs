@@ -17,7 +17,12 @@ use crate::transfer::Claim;
 
 impl Connection {
     /// Carries out a request and says what to answer.
-    pub(super) async fn answer(self: &Rc<Self>, call: Call, fds: Vec<OwnedFd>, id: &wire::Id) -> Result<Outgoing> {
+    pub(super) async fn answer(
+        self: &Rc<Self>,
+        call: Call,
+        fds: Vec<OwnedFd>,
+        id: &wire::Id,
+    ) -> Result<Outgoing> {
         let node = &self.node;
         match call {
             Call::Hello(request) => self.reply(id, &self.hello(&request)?),
@@ -78,9 +83,11 @@ impl Connection {
     }
 
     fn hello(&self, request: &HelloRequest) -> Result<HelloReply> {
-        let both = VERSIONS.iter().rev().find(|own| request.versions.is_empty() || request.versions.contains(own));
+        let both =
+            VERSIONS.iter().rev().find(|own| request.versions.is_empty() || request.versions.contains(own));
         let Some(version) = both else {
-            let message = format!("this daemon speaks API versions {VERSIONS:?}, the client {:?}", request.versions);
+            let message =
+                format!("this daemon speaks API versions {VERSIONS:?}, the client {:?}", request.versions);
             return Err(Error::new(Code::ApiVersionUnsupported, message));
         };
         tracing::debug!(connection = self.number, client = request.client, version, "hello");
@@ -88,8 +95,10 @@ impl Connection {
     }
 
     async fn prefetch(self: &Rc<Self>, request: PrefetchRequest, fds: Vec<OwnedFd>) -> Result<PrefetchReply> {
-        let deadline = request.deadline_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
-        let wanted = self.wanted(request.source, fds, request.select, &request.device, request.priority).await?;
+        let deadline =
+            request.deadline_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
+        let wanted =
+            self.wanted(request.source, fds, request.select, &request.device, request.priority).await?;
         let name = wanted.name.clone();
         let connection = (!request.detach).then_some(self.number);
         let Claim { hold, job } = self.node.jobs.want(wanted, connection, deadline)?;
@@ -115,9 +124,7 @@ impl Connection {
     async fn wait(&self, request: &JobWaitRequest) -> Result<JobReply> {
         let job = self.node.jobs.get(request.job, self.viewer())?;
         let began = Instant::now();
-        let ended = async {
-            if request.notify { self.report(&job).await } else { job.ended().await }
-        };
+        let ended = async { if request.notify { self.report(&job).await } else { job.ended().await } };
         match request.timeout_ms {
             None => ended.await,
             Some(ms) => drop(tokio::time::timeout(Duration::from_millis(ms), ended).await),

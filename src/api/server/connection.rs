@@ -11,19 +11,19 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::io::Interest as Readiness;
-use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::writer::{self, Outgoing};
 use crate::api::call::{Call, parse_call};
 use crate::api::methods::Source;
-use crate::api::wire::{self, FrameReader};
 use crate::api::scm;
+use crate::api::wire::{self, FrameReader};
 use crate::config::Limits;
 use crate::error::{Code, Error, Result};
 use crate::node::Node;
-use crate::source::file::Tenant;
+use crate::sys::identity::Tenant;
 use crate::telemetry::labels::Method;
 use crate::tier::residency::{Hold, Viewer};
 use crate::transfer::{Interest, Job, JobId};
@@ -51,7 +51,7 @@ pub(super) struct Connection {
 /// Serves a connection to its end.
 pub(super) async fn serve(
     node: &Rc<Node>,
-    socket: AsyncFd<OwnedFd>,
+    socket: UnixStream,
     number: u64,
     tenant: Tenant,
     mut closing: watch::Receiver<bool>,
@@ -102,7 +102,7 @@ impl Connection {
     }
 
     /// Reads requests until the client closes, breaks a limit, or is told to go.
-    async fn read(self: &Rc<Self>, socket: &AsyncFd<OwnedFd>, tasks: &mut JoinSet<()>) {
+    async fn read(self: &Rc<Self>, socket: &UnixStream, tasks: &mut JoinSet<()>) {
         let mut frames = FrameReader::new(self.limits.request_bytes_max as usize);
         let mut fds = VecDeque::new();
         let mut buffer = vec![0; READ_BYTES];
@@ -110,9 +110,8 @@ impl Connection {
         loop {
             let mut received = Vec::new();
             let fds_max = self.limits.fds_per_message_max as usize;
-            let step = socket.async_io(Readiness::READABLE, |socket| {
-                scm::recv(socket, &mut buffer, &mut received, fds_max)
-            });
+            let step = socket
+                .async_io(Readiness::READABLE, || scm::recv(socket, &mut buffer, &mut received, fds_max));
             let step = async {
                 match began {
                     None => Some(step.await),
@@ -137,7 +136,8 @@ impl Connection {
                 }
                 None => {
                     let most = self.limits.frame_timeout_ms;
-                    let message = format!("a request was not complete after {most} ms (limits.frame_timeout_ms)");
+                    let message =
+                        format!("a request was not complete after {most} ms (limits.frame_timeout_ms)");
                     return self.last_words(Error::new(Code::ApiFrameTimeout, message)).await;
                 }
             }
@@ -165,7 +165,7 @@ impl Connection {
     }
 
     /// The client sends nothing more: its requests are answered, unless it is gone.
-    async fn finish(&self, socket: &AsyncFd<OwnedFd>, tasks: &mut JoinSet<()>) {
+    async fn finish(&self, socket: &UnixStream, tasks: &mut JoinSet<()>) {
         let mut tick = tokio::time::interval(GONE_INTERVAL);
         while !tasks.is_empty() {
             tokio::select! {
@@ -204,15 +204,16 @@ impl Connection {
             }
         };
         let id = request.id.unwrap_or(wire::Id::Null);
-        let call = parse_call(&request.method, request.params.as_deref()).map_err(Error::from).and_then(|call| {
-            let sent = take_fds(&call, fds)?;
-            let most = self.limits.requests_in_flight_max;
-            if self.in_flight.get() >= most {
-                let message = format!("{most} requests of this connection are unanswered: wait for one");
-                return Err(Error::new(Code::ApiTooManyRequests, message));
-            }
-            Ok((call, sent))
-        });
+        let call =
+            parse_call(&request.method, request.params.as_deref()).map_err(Error::from).and_then(|call| {
+                let sent = take_fds(&call, fds)?;
+                let most = self.limits.requests_in_flight_max;
+                if self.in_flight.get() >= most {
+                    let message = format!("{most} requests of this connection are unanswered: wait for one");
+                    return Err(Error::new(Code::ApiTooManyRequests, message));
+                }
+                Ok((call, sent))
+            });
         match call {
             Ok((call, sent)) => {
                 self.in_flight.set(self.in_flight.get() + 1);
@@ -280,9 +281,8 @@ fn take_fds(call: &Call, fds: &mut VecDeque<OwnedFd>) -> Result<Vec<OwnedFd>> {
 }
 
 /// Whether the other end is closed in both directions.
-fn gone(socket: &AsyncFd<OwnedFd>) -> bool {
-    let fd = socket.get_ref().as_fd();
-    let mut poll = [PollFd::from_borrowed_fd(fd, PollFlags::empty())];
+fn gone(socket: &UnixStream) -> bool {
+    let mut poll = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     rustix::event::poll(&mut poll, Some(&now)).is_ok() && poll[0].revents().contains(PollFlags::HUP)
 }

@@ -7,18 +7,18 @@ mod writer;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::io::unix::AsyncFd;
-use tokio::net::UnixListener;
+use tokio::io::Interest;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
 use crate::api::{scm, wire};
 use crate::error::{Code, Error, Result};
 use crate::node::Node;
-use crate::source::file::Tenant;
+use crate::sys::identity::Tenant;
 use crate::sys::peer;
 use crate::telemetry::labels::Refusal;
 
@@ -52,10 +52,7 @@ impl Server {
     pub async fn accept(self: Rc<Self>, listener: UnixListener) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => match stream.into_std() {
-                    Ok(stream) => Rc::clone(&self).admit(stream.into()),
-                    Err(error) => tracing::warn!(%error, "a connection could not be taken over"),
-                },
+                Ok((socket, _)) => Rc::clone(&self).admit(socket),
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
                     let pause = tokio::time::timeout(ACCEPT_PAUSE, std::future::pending::<()>());
@@ -75,7 +72,7 @@ impl Server {
         }
     }
 
-    fn admit(self: Rc<Self>, socket: OwnedFd) {
+    fn admit(self: Rc<Self>, socket: UnixStream) {
         let tenant = match peer::credentials(socket.as_fd()) {
             Ok((uid, gid, groups)) => Tenant { uid, gid, groups },
             Err(error) => {
@@ -89,7 +86,7 @@ impl Server {
             Some((Refusal::Connections, format!("limits.connections_max is {}", limits.connections_max)))
         } else if own >= limits.connections_per_tenant_max {
             let most = limits.connections_per_tenant_max;
-            Some((Refusal::Tenant, format!("limits.connections_per_tenant_max is {most}")))
+            Some((Refusal::ConnectionsPerTenant, format!("limits.connections_per_tenant_max is {most}")))
         } else {
             None
         };
@@ -101,12 +98,7 @@ impl Server {
         let number = self.next.replace(self.next.get() + 1);
         tokio::task::spawn_local(async move {
             let uid = tenant.uid;
-            match AsyncFd::new(socket) {
-                Ok(socket) => {
-                    connection::serve(&self.node, socket, number, tenant, self.closing.subscribe()).await;
-                }
-                Err(error) => tracing::warn!(%error, "a connection cannot be watched"),
-            }
+            connection::serve(&self.node, socket, number, tenant, self.closing.subscribe()).await;
             self.closed(uid);
         });
     }
@@ -133,13 +125,12 @@ impl Server {
     }
 
     /// Says why in one line, if the client takes it at once, and closes.
-    fn refuse(&self, socket: OwnedFd, reason: Refusal, error: Error) {
+    fn refuse(&self, socket: UnixStream, reason: Refusal, error: Error) {
         self.node.metrics.connection_refused(reason);
         self.node.metrics.error(error.code);
         let line = wire::error_reply(&wire::Id::Null, &error, "");
         tokio::task::spawn_local(async move {
-            let Ok(socket) = AsyncFd::new(socket) else { return };
-            let said = socket.async_io(tokio::io::Interest::WRITABLE, |socket| scm::send(socket, &line, &[]));
+            let said = socket.async_io(Interest::WRITABLE, || scm::send(&socket, &line, &[]));
             let _ = tokio::time::timeout(REFUSAL_TIMEOUT, said).await;
         });
     }

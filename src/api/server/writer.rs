@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
 use crate::api::methods::{AttachReply, FileView, JobInfo, PartView, RegionView, TensorView};
@@ -78,7 +78,7 @@ impl Attached {
 
 /// Writes what comes, until it is told to close, the client does not take it in time, or it is gone.
 pub(super) async fn write(
-    socket: &AsyncFd<OwnedFd>,
+    socket: &UnixStream,
     mut queue: mpsc::Receiver<Outgoing>,
     bytes_max: usize,
     timeout: Duration,
@@ -94,7 +94,9 @@ pub(super) async fn write(
             }
             Outgoing::Attached(id, attached) => match wire::reply(&id, &attached.reply(), bytes_max) {
                 Ok(line) => send(socket, &line, Some(&attached.content), timeout).await?,
-                Err(error) => send(socket, &wire::error_reply(&id, &Error::from(error), ""), None, timeout).await?,
+                Err(error) => {
+                    send(socket, &wire::error_reply(&id, &Error::from(error), ""), None, timeout).await?
+                }
             },
         }
     }
@@ -103,7 +105,7 @@ pub(super) async fn write(
 
 /// Sends all of `line`; the descriptors of `content` go with its first byte. The timeout is for each step forward.
 async fn send(
-    socket: &AsyncFd<OwnedFd>,
+    socket: &UnixStream,
     line: &[u8],
     content: Option<&Content>,
     timeout: Duration,
@@ -111,7 +113,7 @@ async fn send(
     let mut fds: Vec<_> = content.iter().flat_map(|content| content.parts.iter().map(AsFd::as_fd)).collect();
     let mut sent = 0;
     while sent < line.len() {
-        let step = socket.async_io(Interest::WRITABLE, |socket| scm::send(socket, &line[sent..], &fds));
+        let step = socket.async_io(Interest::WRITABLE, || scm::send(socket, &line[sent..], &fds));
         match tokio::time::timeout(timeout, step).await {
             Ok(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(bytes) => sent += bytes?,
