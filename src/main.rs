@@ -1,2 +1,10 @@
 //! `lodestream`: the daemon and its command line.
-fn main() {}
+use clap::Parser;
+#[derive(Parser)]
+enum Cli { Serve(lodestream::config::ServeArgs) }
+fn main() {
+    let Cli::Serve(args) = Cli::parse();
+    let config = lodestream::config::Config::load(&args).unwrap();
+    let log = lodestream::telemetry::logging::init(&config.log).unwrap();
+    lodestream::daemon::run(&args, config, &log).unwrap();
+}
