@@ -20,7 +20,7 @@ lint_scripts() {
     for script in scripts/* benches/* .ci/*; do
         [ -f "$script" ] || continue
         case "$script:$(head -n 1 "$script")" in
-            *bash* | scripts/lib.sh:*) shell+=("$script") ;;
+            *bash*) shell+=("$script") ;;
             *python*) python+=("$script") ;;
         esac
     done
