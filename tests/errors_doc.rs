@@ -29,17 +29,26 @@ fn every_code_has_a_section_and_every_section_a_code() {
         missing.iter().map(|code| format!("\n## `{code}`\n")).collect::<String>()
     );
     for (name, _) in &sections {
-        assert!(Code::parse(name).is_some(), "docs/errors.md documents `{name}`, which src/error.rs does not have");
+        assert!(
+            Code::parse(name).is_some(),
+            "docs/errors.md documents `{name}`, which src/error.rs does not have"
+        );
     }
     for (position, (name, _)) in sections.iter().enumerate() {
-        assert!(!sections[..position].iter().any(|(other, _)| other == name), "docs/errors.md has `{name}` twice");
+        assert!(
+            !sections[..position].iter().any(|(other, _)| other == name),
+            "docs/errors.md has `{name}` twice"
+        );
     }
 }
 
 #[test]
 fn every_section_says_something() {
     for (name, text) in sections() {
-        assert!(text.split_whitespace().count() >= 8, "the section of `{name}` in docs/errors.md says too little");
+        assert!(
+            text.split_whitespace().count() >= 8,
+            "the section of `{name}` in docs/errors.md says too little"
+        );
     }
 }
 
@@ -54,7 +63,11 @@ fn codes_are_unique_and_lower_case_words_with_dots() {
             }),
             "`{text}` is not lower-case words joined by dots"
         );
-        assert_eq!(Code::ALL.iter().position(|other| other.as_str() == text), Some(position), "`{text}` stands twice");
+        assert_eq!(
+            Code::ALL.iter().position(|other| other.as_str() == text),
+            Some(position),
+            "`{text}` stands twice"
+        );
         assert_eq!(Code::parse(text), Some(*code));
     }
 }
