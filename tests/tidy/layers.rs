@@ -19,8 +19,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("client", &["API", "sys::map", "topology"]),
     ("daemon", &["api", "node", "NODE"]),
     ("api::methods", &[]),
-    ("api::call", &["api::methods", "topology"]),
-    ("api::wire", &["api::methods", "api::call"]),
+    ("api::call", &["API", "topology"]),
+    ("api::wire", &["API"]),
     ("api::scm", &[]),
     ("api::schema", &["API", "topology"]),
     ("api", &["node", "topology", "transfer", "tier", "catalog", "source", "sys"]),
@@ -45,7 +45,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// Why `module` may not use `target`, if it may not.
-pub fn refusal(module: &[&str], target: &str) -> Option<String> {
+pub(crate) fn refusal(module: &[&str], target: &str) -> Option<String> {
     let own = module.join("::");
     if below(target, module[0]) && module[0] != "api" {
         return None;
@@ -80,7 +80,7 @@ fn below(path: &str, module: &str) -> bool {
 }
 
 /// Paths below `root` (`crate` or `lodestream`) that the code names: (offset, `module::item`), groups opened.
-pub fn uses(code: &str, root: &str) -> Vec<(usize, String)> {
+pub(crate) fn uses(code: &str, root: &str) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     for at in super::source::words(code, root) {
         if let Some(rest) = code[at + root.len()..].strip_prefix("::") {

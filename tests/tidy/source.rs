@@ -4,27 +4,27 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// One Rust file.
-pub struct File {
+pub(crate) struct File {
     /// Path relative to the repository: `src/api/wire.rs`.
-    pub path: String,
+    pub(crate) path: String,
     /// As it stands on disk.
-    pub text: String,
+    pub(crate) text: String,
     /// The same with the contents of comments, strings and characters blanked; lines keep their numbers.
-    pub code: String,
+    pub(crate) code: String,
     /// `code` with test items blanked as well; empty for files that are tests as a whole.
-    pub product: String,
+    pub(crate) product: String,
 }
 
 impl File {
     /// Module below `src/` that the file belongs to, as path segments: `src/api/wire.rs` → `["api", "wire"]`.
-    pub fn module(&self) -> Vec<&str> {
+    pub(crate) fn module(&self) -> Vec<&str> {
         let inside = self.path.strip_prefix("src/").unwrap_or(&self.path);
         let stem = inside.strip_suffix(".rs").unwrap_or(inside);
         stem.split('/').filter(|part| *part != "mod").collect()
     }
 
     /// The test part of the file with its comments: all of a test file, else from the first `#[cfg(test)]` on.
-    pub fn test_text(&self) -> &str {
+    pub(crate) fn test_text(&self) -> &str {
         if is_test(&self.path) {
             return &self.text;
         }
@@ -32,13 +32,13 @@ impl File {
     }
 
     /// `path:line` for a byte offset.
-    pub fn place(&self, offset: usize) -> String {
+    pub(crate) fn place(&self, offset: usize) -> String {
         format!("{}:{}", self.path, self.text[..offset].matches('\n').count() + 1)
     }
 }
 
 /// Every `.rs` file below these directories, sorted by path.
-pub fn files(directories: &[&str]) -> Vec<File> {
+pub(crate) fn files(directories: &[&str]) -> Vec<File> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut paths = Vec::new();
     for directory in directories {
@@ -80,7 +80,7 @@ fn is_test(path: &str) -> bool {
 }
 
 /// Overwrites comments and the contents of string and character literals with spaces.
-pub fn blank(text: &str) -> String {
+pub(crate) fn blank(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut out = bytes.to_vec();
     let mut at = 0;
@@ -126,7 +126,8 @@ fn follows_identifier(bytes: &[u8], at: usize) -> bool {
     // `br"…"` is a raw string too: its `b` does not make the `r` part of a name.
     let before = |distance: usize| at.checked_sub(distance).map_or(b' ', |index| bytes[index]);
     let name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-    name(before(1)) && !(before(1) == b'b' && !name(before(2)))
+    let byte_string = before(1) == b'b' && !name(before(2));
+    name(before(1)) && !byte_string
 }
 
 fn block_comment_end(bytes: &[u8], start: usize) -> usize {
@@ -177,7 +178,7 @@ fn character_end(text: &str, start: usize) -> Option<usize> {
 }
 
 /// Overwrites every item that follows `#[cfg(test)]`.
-pub fn without_tests(code: &str) -> String {
+pub(crate) fn without_tests(code: &str) -> String {
     let mut out = code.to_owned();
     while let Some(start) = out.find("#[cfg(test)]") {
         let end = item_end(out.as_bytes(), start + "#[cfg(test)]".len());
@@ -203,7 +204,7 @@ fn item_end(bytes: &[u8], from: usize) -> usize {
 }
 
 /// Byte offsets at which `word` stands as a whole word.
-pub fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
+pub(crate) fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
     let part = |c: char| c.is_alphanumeric() || c == '_';
     text.match_indices(word)
         .map(|(at, _)| at)
