@@ -10,7 +10,7 @@ use std::thread;
 use common::daemon::{Daemon, Options};
 use common::model::{self, Model};
 use common::wire::{list, number, text};
-use common::{directory, root_or_skip, tenant};
+use common::{directory, directory_for_everyone, root_or_skip, set_mode, tenant};
 use serde_json::{Value, json};
 
 /// Invariant 6.
@@ -395,8 +395,7 @@ fn another_tenant_sees_only_what_it_could_read_itself() {
     let root = directory_for_everyone();
     let model = Model::mixed(&root.path().join("m"), 16);
     let shard = &model.shards()[0];
-    let secret = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-    fs::set_permissions(shard, secret).unwrap();
+    set_mode(shard, 0o600);
     let daemon = Daemon::start(root.path());
     let mut connection = daemon.connect();
     let digest = connection.load(&model.path)["digest"].clone();
@@ -408,17 +407,8 @@ fn another_tenant_sees_only_what_it_could_read_itself() {
         assert_eq!(nobody.code("artifact.attach", &json!({"digest": digest})), "artifact.not_found");
         assert_eq!(nobody.call("artifact.list", &json!({})).unwrap()["artifacts"], json!([]));
     });
-    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-    fs::set_permissions(shard, readable).unwrap();
+    set_mode(shard, 0o644);
     tenant::as_nobody(|| model.assert_equal(&daemon.connect().attach(&source).unwrap()));
-}
-
-/// A directory that another user can enter: the build's own may lie in a home directory.
-fn directory_for_everyone() -> tempfile::TempDir {
-    let directory = tempfile::tempdir().unwrap();
-    let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(directory.path(), everyone).unwrap();
-    directory
 }
 
 #[test]

@@ -92,9 +92,7 @@ impl Options {
 
     fn spawn(self) -> Daemon {
         // Below the system's directory for temporary files: the path of a Unix socket has 107 bytes at most.
-        let directory = tempfile::tempdir().unwrap();
-        let everyone = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        fs::set_permissions(directory.path(), everyone).unwrap();
+        let directory = super::directory_for_everyone();
         let socket = self.socket.unwrap_or_else(|| directory.path().join("socket"));
         let log = File::create(directory.path().join("log")).unwrap();
         let metrics = own_address();
