@@ -19,7 +19,22 @@
 //! 10. Each reported path is observed, not assumed: it comes from counters of the transfer that happened.
 //! 11. Gauges return to zero when the work is done; a test checks it.
 #![deny(unsafe_code)]
+
 pub mod api;
+pub mod catalog;
+pub mod checksum;
 pub mod config;
+pub mod daemon;
 pub mod error;
+mod json;
+pub mod node;
+pub mod plan;
+pub mod shard;
+pub mod source;
+pub mod staging;
+pub mod sys;
+pub mod telemetry;
+pub mod tier;
+pub mod topology;
+pub mod transfer;
 pub use error::{Code, Error, Result};

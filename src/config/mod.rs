@@ -2,10 +2,28 @@
 //!
 //! This is the only module that reads the environment. Everything below it receives values.
 
+mod check;
+pub mod flags;
+mod layers;
+pub mod level;
+mod origin;
+mod raw;
+pub mod reload;
+pub mod size;
+#[cfg(test)]
+mod tests;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
+use thiserror::Error;
+
+pub use flags::ServeArgs;
+pub use origin::Origin;
+pub use reload::diff_reloadable;
+
+use crate::error::{Code, Error, Result};
 
 /// The effective configuration: every value present, checked against the others.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -15,6 +33,7 @@ pub struct Config {
     /// Where the API listens.
     pub socket: PathBuf,
     /// Mode of the socket; the directory's mode and mount decide who reaches it.
+    #[serde(serialize_with = "octal")]
     pub socket_mode: u32,
     /// Directories below which tenants may name paths. Empty: only descriptors that clients send.
     pub roots: Vec<PathBuf>,
@@ -22,6 +41,10 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// Where `/metrics`, `/live` and `/ready` are served. Absent: nowhere.
     pub metrics_listen: Option<SocketAddr>,
+    /// Connections at a time to the metrics page; further ones wait.
+    pub metrics_connections_max: u32,
+    /// Most time for one request to the metrics page and its reply, milliseconds.
+    pub metrics_timeout_ms: u64,
     /// How long running jobs may go on after SIGTERM, milliseconds.
     pub drain_timeout_ms: u64,
     /// The host tier.
@@ -42,8 +65,10 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Host {
     /// Most bytes that regions, the ready pool and memory still held by importers take together.
+    #[serde(serialize_with = "size::serialize")]
     pub budget_bytes: u64,
     /// Bytes of zeroed memory kept ready for the next load, inside the budget.
+    #[serde(serialize_with = "size::serialize")]
     pub ready_pool_bytes: u64,
     /// Which pages to use.
     pub pages: Pages,
@@ -96,6 +121,7 @@ pub struct DataPlane {
     /// How files are read.
     pub reader: Reader,
     /// Bytes of one read: a multiple of 1 MiB. Default 4 MiB.
+    #[serde(serialize_with = "size::serialize")]
     pub block_bytes: u64,
     /// Reads in flight on each shard thread. Default 8.
     pub depth: u32,
@@ -117,8 +143,10 @@ pub struct Limits {
     /// Open connections of one tenant.
     pub connections_per_tenant_max: u32,
     /// Length of a request line, bytes.
+    #[serde(serialize_with = "size::serialize")]
     pub request_bytes_max: u64,
     /// Length of a reply line, bytes.
+    #[serde(serialize_with = "size::serialize")]
     pub reply_bytes_max: u64,
     /// Requests that may be unanswered at a time on one connection.
     pub requests_in_flight_max: u32,
@@ -139,6 +167,7 @@ pub struct Limits {
     /// Tensors of one artifact.
     pub tensors_max: u64,
     /// Length of one file's header, bytes.
+    #[serde(serialize_with = "size::serialize")]
     pub header_bytes_max: u64,
 }
 
@@ -174,6 +203,78 @@ pub struct Log {
     pub level: String,
 }
 
+/// Why there is no configuration.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("the configuration file {} cannot be read: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, has a key that does not exist, or a value of the wrong type.
+    #[error("{}:{line}: `{text}`: {reason}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// The line.
+        text: String,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+    /// A value is not allowed.
+    #[error("{key} = `{value}` ({origin}) is not valid; allowed: {allowed}")]
+    Invalid {
+        /// The key, as in the file.
+        key: &'static str,
+        /// The value that was given.
+        value: String,
+        /// Where it came from.
+        origin: Origin,
+        /// What would be right.
+        allowed: String,
+    },
+}
+
+impl From<ConfigError> for Error {
+    fn from(error: ConfigError) -> Self {
+        let code = match error {
+            ConfigError::Unreadable { .. } => Code::ConfigUnreadable,
+            ConfigError::Syntax { .. } | ConfigError::Invalid { .. } => Code::ConfigInvalid,
+        };
+        Error::new(code, error.to_string())
+    }
+}
+
+impl Config {
+    /// The effective configuration of these flags, the environment and the file.
+    ///
+    /// Errors: `config.unreadable`, `config.invalid`; each says the key, where its value came from, and what
+    /// is allowed.
+    pub fn load(args: &ServeArgs) -> Result<Config> {
+        Ok(check::load(args, &|name| std::env::var_os(name), &check::Machine::read())?)
+    }
+
+    /// The configuration as a file that loads back to the same configuration.
+    ///
+    /// Errors: `config.invalid` for a configuration made by hand that TOML cannot hold (a path that is not
+    /// UTF-8, a number above 63 bits); never for one from [`Config::load`].
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|error| {
+            Error::new(Code::ConfigInvalid, format!("the configuration has no TOML form: {error}"))
+        })
+    }
+}
+
+/// A file mode as people write it: `"0666"`.
+fn octal<S: Serializer>(mode: &u32, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{mode:04o}"))
+}
+
 impl Default for Config {
     /// The defaults of `docs/configuration.md`.
     fn default() -> Self {
@@ -185,6 +286,8 @@ impl Default for Config {
             roots: Vec::new(),
             state_dir: None,
             metrics_listen: None,
+            metrics_connections_max: 16,
+            metrics_timeout_ms: 10_000,
             drain_timeout_ms: 30_000,
             host: Host {
                 budget_bytes: 4096 * MIB,

@@ -1,0 +1,162 @@
+//! The planner against a model that moves every byte by hand.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const BLOCK: u64 = 1 << 20;
+const PART: u64 = 2 << 20;
+
+/// Byte `at` of file `file`.
+fn byte(file: u32, at: u64) -> u8 {
+    (at.wrapping_mul(2_654_435_761) >> 7) as u8 ^ (file as u8).wrapping_mul(37)
+}
+
+/// Executes a plan in memory and checks what every plan must hold.
+fn execute(layout: &Layout, files: &[u64]) -> (Vec<u8>, Plan) {
+    let parts = vec![PART; usize::try_from(layout.bytes.div_ceil(PART)).unwrap()];
+    let plan = moves(layout, files, &parts, BLOCK).unwrap();
+    let mut region = vec![0u8; parts.len() * PART as usize];
+    let mut claimed = vec![false; region.len() / BLOCK_ALIGN as usize];
+    let mut checks = 0;
+    for step in &plan.moves {
+        assert_eq!(step.offset % BLOCK_ALIGN, 0);
+        assert_eq!(u64::from(step.read_bytes) % BLOCK_ALIGN, 0);
+        assert!(u64::from(step.read_bytes) <= BLOCK && step.read_bytes > 0);
+        assert!(step.expect_bytes > 0 && step.expect_bytes <= step.read_bytes);
+        let end = step.offset + u64::from(step.expect_bytes);
+        assert!(end <= files[step.file as usize], "reads past the end");
+        assert!(step.expect_bytes == step.read_bytes || end == files[step.file as usize]);
+        assert_eq!(step.first_check, checks);
+        let pieces: Vec<_> = step.pieces().collect();
+        assert_eq!(pieces.first().unwrap().start, step.offset);
+        assert_eq!(pieces.last().unwrap().end, end);
+        checks += pieces.len() as u32;
+        let bytes: Vec<u8> = (step.offset..end).map(|at| byte(step.file, at)).collect();
+        match &step.target {
+            Target::Direct { part, offset } => {
+                assert!(offset + u64::from(step.read_bytes) <= PART, "crosses a part");
+                assert_eq!(offset % BLOCK_ALIGN, 0);
+                let start = (u64::from(*part) * PART + offset) as usize;
+                region[start..start + bytes.len()].copy_from_slice(&bytes);
+                for unit in start..start + step.read_bytes as usize {
+                    if unit % BLOCK_ALIGN as usize == 0 {
+                        let unit = unit / BLOCK_ALIGN as usize;
+                        assert!(!std::mem::replace(&mut claimed[unit], true), "two reads into one block");
+                    }
+                }
+            }
+            Target::Staged(copy) => {
+                for row in 0..copy.count {
+                    let from = (u64::from(copy.slot_offset) + row * copy.stride) as usize;
+                    let to = (copy.region_offset + row * copy.bytes) as usize;
+                    let row = &bytes[from..from + copy.bytes as usize];
+                    region[to..to + row.len()].copy_from_slice(row);
+                }
+            }
+        }
+    }
+    assert_eq!(plan.checks, checks);
+    (region, plan)
+}
+
+fn tensor(file: u32, offset: u64, nbytes: u64, element_align: u64) -> Tensor {
+    Tensor {
+        name: format!("t{offset}"),
+        dtype: "U8",
+        element_align,
+        shape: vec![nbytes],
+        file,
+        offset,
+        nbytes,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn whole_files_arrive_whole(files in prop::collection::vec(0u64..(5 << 20), 1..5)) {
+        let layout = layout(&files, &[], None).unwrap();
+        let (region, plan) = execute(&layout, &files);
+        for (file, bytes) in files.iter().enumerate() {
+            let place = layout.files[file].unwrap();
+            for at in (0..*bytes).step_by(509).chain(bytes.checked_sub(1)) {
+                prop_assert_eq!(region[(place + at) as usize], byte(file as u32, at));
+            }
+        }
+        let direct = plan.moves.iter().all(|step| matches!(step.target, Target::Direct { .. }));
+        prop_assert!(direct);
+        prop_assert_eq!(plan.bytes, files.iter().sum::<u64>());
+    }
+
+    #[test]
+    fn misaligned_files_are_shifted_by_way_of_slots(header in 1u64..5000, bytes in 1u64..(3 << 20)) {
+        let files = [header + bytes * 4];
+        let tensors = [tensor(0, header, bytes * 4, 4)];
+        let layout = layout(&files, &tensors, None).unwrap();
+        prop_assert_eq!(layout.tensors[0].offset % 4, 0);
+        let (region, _) = execute(&layout, &files);
+        let place = layout.tensors[0].offset;
+        for at in (0..bytes * 4).step_by(509) {
+            prop_assert_eq!(region[(place + at) as usize], byte(0, header + at));
+        }
+    }
+
+    #[test]
+    fn picks_arrive_and_are_aligned(
+        pieces in prop::collection::vec((0u64..40_000, 1u64..300_000, 1u64..5, 0u64..40_000, any::<bool>()), 1..12)
+    ) {
+        // Tensors one behind the other with gaps; each is picked whole or row by row.
+        let (mut tensors, mut picks, mut at) = (Vec::new(), Vec::new(), 8u64);
+        for (gap, bytes, count, stride_gap, odd) in pieces {
+            at += gap;
+            let stride = bytes + stride_gap;
+            let align = if odd { 4 } else { 1 };
+            tensors.push(tensor(0, at, stride * count, align));
+            let runs = Runs { offset: at, bytes, stride: if count == 1 { bytes } else { stride }, count };
+            picks.push(Pick { tensor: tensors.len() - 1, shape: vec![bytes * count], runs });
+            at += stride * count;
+        }
+        let files = [at + 77];
+        let layout = layout(&files, &tensors, Some(&picks)).unwrap();
+        let (region, plan) = execute(&layout, &files);
+        for (pick, placed) in picks.iter().zip(&layout.tensors) {
+            prop_assert_eq!(placed.offset % tensors[pick.tensor].element_align, 0);
+            for row in 0..pick.runs.count {
+                for byte_at in (0..pick.runs.bytes).step_by(509).chain([pick.runs.bytes - 1]) {
+                    let here = region[(placed.offset + row * pick.runs.bytes + byte_at) as usize];
+                    prop_assert_eq!(here, byte(0, pick.runs.offset + row * pick.runs.stride + byte_at));
+                }
+            }
+        }
+        // Only the wanted ranges, rounded to blocks, and gaps that are cheaper to read than to skip.
+        let rows: u64 = picks.iter().map(|pick| pick.runs.count).sum();
+        let wanted: u64 = picks.iter().map(|pick| pick.runs.count * pick.runs.bytes).sum();
+        let slots: u64 = plan.moves.len() as u64;
+        prop_assert!(plan.bytes <= wanted + rows * (moves::GAP_BYTES_MAX + 2 * BLOCK_ALIGN) + slots * 2 * BLOCK_ALIGN);
+    }
+}
+
+#[test]
+fn neighbours_share_a_block_and_are_read_once() {
+    let tensors: Vec<_> = (0..8).map(|index| tensor(0, 64 + index * 1000, 1000, 1)).collect();
+    let picks: Vec<_> = (0..8)
+        .map(|tensor| Pick {
+            tensor,
+            shape: vec![1000],
+            runs: Runs { offset: 64 + tensor as u64 * 1000, bytes: 1000, stride: 1000, count: 1 },
+        })
+        .collect();
+    let layout = layout(&[8064], &tensors, Some(&picks)).unwrap();
+    let (_, plan) = execute(&layout, &[8064]);
+    assert_eq!(plan.moves.len(), 1);
+    assert_eq!(plan.bytes, 8064);
+}
+
+#[test]
+fn absurd_sizes_are_refused_not_wrapped() {
+    assert_eq!(layout(&[u64::MAX, u64::MAX], &[], None), None);
+    let one = layout(&[3 << 20], &[], None).unwrap();
+    assert_eq!(moves(&one, &[3 << 20], &[PART], BLOCK), None, "parts too small");
+}

@@ -1,0 +1,182 @@
+//! The part of a job that shard threads work on: what to read, where to, and what came of it.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use tokio::sync::mpsc;
+
+use crate::error::Error;
+use crate::plan::Plan;
+use crate::sys::mem::Memory;
+
+/// How bytes arrived, as observed (invariant 10).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// Read past the page cache, in place.
+    Direct,
+    /// Read past the page cache into a slot and copied to its place.
+    Staged,
+    /// Copied from the page cache, which held it before.
+    Cached,
+    /// Read through the page cache, because the file system refuses O_DIRECT.
+    Buffered,
+}
+
+impl Path {
+    /// All of them, in the order of the counters.
+    pub const ALL: [Path; 4] = [Path::Direct, Path::Staged, Path::Cached, Path::Buffered];
+
+    /// `direct`, `staged`, `cached` or `buffered`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Path::Direct => "direct",
+            Path::Staged => "staged",
+            Path::Cached => "cached",
+            Path::Buffered => "buffered",
+        }
+    }
+}
+
+/// What a shard thread spends its time on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Handing reads to the kernel; page faults of the target memory and copies from the page cache happen here.
+    Submit,
+    /// Waiting for reads to end.
+    Wait,
+    /// Checksums.
+    Checksum,
+    /// Copies from slots.
+    Copy,
+}
+
+impl Phase {
+    /// All of them, in the order of the counters.
+    pub const ALL: [Phase; 4] = [Phase::Submit, Phase::Wait, Phase::Checksum, Phase::Copy];
+
+    /// `submit`, `wait`, `checksum` or `copy`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Phase::Submit => "submit",
+            Phase::Wait => "wait",
+            Phase::Checksum => "checksum",
+            Phase::Copy => "copy",
+        }
+    }
+}
+
+/// One file of a batch.
+#[derive(Debug)]
+pub struct BatchFile {
+    /// Name, for messages.
+    pub name: String,
+    /// Through the page cache.
+    pub file: Arc<OwnedFd>,
+    /// Past it, where the file system allows.
+    pub direct: Option<Arc<OwnedFd>>,
+    /// Size, bytes.
+    pub bytes: u64,
+    /// Checksums of its chunks from an earlier load of the same file, if there was one. What arrives must match.
+    pub expected: Option<Arc<[u64]>>,
+}
+
+/// One part of the region that a batch fills.
+#[derive(Debug)]
+pub struct Part {
+    /// The memory.
+    pub memory: Arc<Memory>,
+    /// Its pages have been touched, so it may be registered.
+    pub populated: bool,
+}
+
+/// What shard threads work on together.
+#[derive(Debug)]
+pub struct Batch {
+    /// The reads.
+    pub plan: Plan,
+    /// What is read.
+    pub files: Vec<BatchFile>,
+    /// Where to.
+    pub parts: Vec<Part>,
+    /// Checksums, in the order of the plan.
+    pub checks: Box<[AtomicU64]>,
+    /// How far it is.
+    pub progress: Arc<Progress>,
+}
+
+impl Batch {
+    /// A batch that has not begun.
+    pub fn new(plan: Plan, files: Vec<BatchFile>, parts: Vec<Part>, progress: Arc<Progress>) -> Batch {
+        let checks = (0..plan.checks).map(|_| AtomicU64::new(0)).collect();
+        Batch { plan, files, parts, checks, progress }
+    }
+}
+
+/// How far a batch is; shared with whoever wants to look, and the way to stop it.
+#[derive(Debug, Default)]
+pub struct Progress {
+    bytes: [AtomicU64; Path::ALL.len()],
+    nanos: [AtomicU64; Phase::ALL.len()],
+    stopped: AtomicBool,
+    failure: OnceLock<Error>,
+}
+
+impl Progress {
+    /// Bytes that have arrived and were checksummed, by path.
+    pub fn bytes(&self, path: Path) -> u64 {
+        self.bytes[path as usize].load(Ordering::Relaxed)
+    }
+
+    /// Bytes that have arrived and were checksummed.
+    pub fn bytes_total(&self) -> u64 {
+        Path::ALL.iter().map(|path| self.bytes(*path)).sum()
+    }
+
+    /// Nanoseconds that shard threads spent in a phase while they worked on this batch.
+    pub fn nanos(&self, phase: Phase) -> u64 {
+        self.nanos[phase as usize].load(Ordering::Relaxed)
+    }
+
+    /// Stops the batch: no further read is started, what is in flight ends.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+    }
+
+    /// Whether it was stopped, by its owner or by a failure.
+    pub fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// Why it failed, if it has.
+    pub fn failure(&self) -> Option<&Error> {
+        self.failure.get()
+    }
+
+    pub(super) fn arrived(&self, path: Path, bytes: u64) {
+        self.bytes[path as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn spent(&self, phase: Phase, nanos: u64) {
+        self.nanos[phase as usize].fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    /// The first failure is kept and stops the batch.
+    pub fn fail(&self, error: Error) {
+        let _ = self.failure.set(error);
+        self.stop();
+    }
+}
+
+/// One shard thread's share of a batch.
+#[derive(Debug)]
+pub struct Assignment {
+    /// The batch.
+    pub batch: Arc<Batch>,
+    /// Which moves of its plan.
+    pub moves: Vec<std::ops::Range<u32>>,
+    /// Larger goes first.
+    pub priority: i32,
+    /// Where the batch is moved back to when this share has ended, so that its owner gets hold of the memory.
+    pub home: mpsc::Sender<Arc<Batch>>,
+}

@@ -1,0 +1,289 @@
+//! The shard loop over a simulated reader that misbehaves by seed, and over the real ones.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use tokio::sync::mpsc;
+
+use super::reader::Reader;
+use super::*;
+use crate::catalog::Tensor;
+use crate::catalog::select::{Pick, Runs};
+use crate::checksum::{self, CHUNK_BYTES};
+use crate::plan;
+use crate::sys::mem::Memory;
+use crate::sys::pages::PageKind;
+use crate::sys::uring::{Done, Read};
+
+const PART: u64 = 2 << 20;
+
+/// Small, fast, seeded (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// What the simulated drive does wrong. Rates are per 1000 reads.
+#[derive(Debug, Clone, Copy, Default)]
+struct Faults {
+    short: u64,
+    again: u64,
+    error: u64,
+    invalid: u64,
+}
+
+/// Files in memory behind a [`Reader`] that answers late, in any order, short and with errors.
+struct Simulated {
+    content: Arc<Vec<u8>>,
+    random: Random,
+    faults: Faults,
+    queue: Vec<Read>,
+    depth: usize,
+}
+
+impl Simulated {
+    fn attempt(&mut self, read: &mut Read) -> io::Result<u32> {
+        let dice = self.random.below(1000);
+        let Faults { short, again, error, invalid } = self.faults;
+        if dice < again || read.cached_only && dice < 500 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if dice < again + error {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        if dice < again + error + invalid {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let offset = (read.offset + u64::from(read.arrived)) as usize;
+        let offset = offset.min(self.content.len());
+        let there = self.content.len() - offset;
+        let mut bytes = there.min((read.bytes - read.arrived) as usize);
+        if dice >= 1000 - short && bytes > 4096 {
+            bytes = 4096 * (1 + self.random.below(bytes as u64 / 4096) as usize);
+            bytes = bytes.min(there);
+        }
+        let start = read.arrived as usize;
+        read.span.as_mut_slice()[start..start + bytes].copy_from_slice(&self.content[offset..offset + bytes]);
+        Ok(bytes as u32)
+    }
+}
+
+impl Reader for Simulated {
+    fn room(&self) -> usize {
+        self.depth - self.queue.len()
+    }
+    fn in_flight(&self) -> usize {
+        self.queue.len()
+    }
+    fn start(&mut self, read: Read) -> Result<(), Read> {
+        self.queue.push(read);
+        Ok(())
+    }
+    fn submit(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn wait(&mut self, _timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<()> {
+        if !self.queue.is_empty() {
+            let chosen = self.random.below(self.queue.len() as u64) as usize;
+            let mut read = self.queue.swap_remove(chosen);
+            let result = self.attempt(&mut read);
+            done.push(Done { read, result });
+        }
+        Ok(())
+    }
+    fn drain(&mut self, _timeout: Duration) -> u64 {
+        self.queue.clear();
+        0
+    }
+}
+
+fn content(bytes: usize, seed: u64) -> Arc<Vec<u8>> {
+    let mut random = Random(seed);
+    Arc::new((0..bytes).map(|_| random.next() as u8).collect())
+}
+
+fn any_file() -> Arc<OwnedFd> {
+    Arc::new(std::fs::File::open("/proc/self/exe").unwrap().into())
+}
+
+fn batch_of(
+    bytes: u64,
+    picks: Option<(&[Tensor], &[Pick])>,
+    files: Vec<BatchFile>,
+) -> (Arc<Batch>, plan::Layout) {
+    let (tensors, picks) = picks.map_or((&[][..], None), |(tensors, picks)| (tensors, Some(picks)));
+    let layout = plan::layout(&[bytes], tensors, picks).unwrap();
+    let count = layout.bytes.div_ceil(PART).max(1) as usize;
+    let plan = plan::moves(&layout, &[bytes], &vec![PART; count], 1 << 20).unwrap();
+    let parts = (0..count)
+        .map(|_| Part { memory: Arc::new(Memory::new(PART, PageKind::Small).unwrap()), populated: false })
+        .collect();
+    (Arc::new(Batch::new(plan, files, parts, Arc::default())), layout)
+}
+
+fn options(reader: ReaderKind) -> Options {
+    Options { index: 0, reader, block_bytes: 1 << 20, depth: 4, slots: 2, cpus: Vec::new(), page_cache: true }
+}
+
+/// Runs a batch to its end on a shard loop over `reader`.
+fn run_on(reader: impl Reader, batch: Arc<Batch>) -> Arc<Batch> {
+    let options = options(ReaderKind::IoUring);
+    let (letters, mailbox) = crossbeam_channel::bounded(4);
+    let (home, mut back) = mpsc::channel(1);
+    let moves = vec![0..batch.plan.moves.len() as u32];
+    letters.send(Assignment { batch, moves, priority: 0, home }).unwrap();
+    drop(letters);
+    let slots = staging::Pool::new(options.slots, options.block_bytes).unwrap();
+    run::Runner::new(reader, slots, &options, Arc::default()).run(&mailbox);
+    back.try_recv().unwrap()
+}
+
+/// Gives the region back as bytes. No span may be left, whatever happened before (invariant 2).
+fn region(batch: Arc<Batch>) -> Vec<u8> {
+    let batch = Arc::into_inner(batch).expect("the shard has let go of the batch");
+    let mut bytes = Vec::new();
+    for part in batch.parts {
+        let memory = Arc::new(Arc::into_inner(part.memory).expect("no read owns the memory any more"));
+        bytes.extend_from_slice(memory.claim(0, PART).unwrap().as_slice());
+    }
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn whatever_the_drive_does_no_wrong_byte_is_called_right_invariants_2_5_6(
+        seed in any::<u64>(), bytes in 1usize..5_000_000,
+        short in 0u64..400, again in 0u64..200, error in 0u64..6, invalid in 0u64..50, truncated in 0u64..4
+    ) {
+        let full = content(bytes, seed);
+        let on_drive = match truncated {
+            0 => Arc::new(full[..bytes / 2].to_vec()),
+            _ => Arc::clone(&full),
+        };
+        let faults = Faults { short, again, error, invalid };
+        let reader =
+            Simulated { content: on_drive, random: Random(seed), faults, queue: Vec::new(), depth: 4 };
+        let file = BatchFile {
+            name: "model".into(), file: any_file(), direct: Some(any_file()), bytes: bytes as u64, expected: None,
+        };
+        let (batch, layout) = batch_of(bytes as u64, None, vec![file]);
+        let batch = run_on(reader, batch);
+        let failure = batch.progress.failure().map(|error| error.code);
+        if truncated == 0 {
+            prop_assert!(matches!(failure, Some(Code::SourceFileShortRead | Code::SourceFileIo)));
+        } else if error == 0 && again < 100 {
+            prop_assert_eq!(failure, None);
+        }
+        let sums: Vec<u64> = batch.checks.iter().map(|sum| sum.load(Ordering::Acquire)).collect();
+        let progress = Arc::clone(&batch.progress);
+        let region = region(batch);
+        if failure.is_none() {
+            let place = layout.files[0].unwrap() as usize;
+            prop_assert!(region[place..place + bytes] == full[..]);
+            let expected: Vec<u64> = full.chunks(CHUNK_BYTES as usize).map(checksum::chunk).collect();
+            prop_assert_eq!(sums, expected);
+            prop_assert_eq!(progress.bytes_total(), bytes as u64);
+        }
+    }
+
+    #[test]
+    fn rows_of_a_slice_arrive_by_way_of_slots_invariant_5(
+        seed in any::<u64>(), row in 1u64..9000, gap in 0u64..30_000, count in 2u64..200, head in 0u64..5000, short in 0u64..400
+    ) {
+        let stride = row + gap;
+        let bytes = head + stride * count;
+        let full = content(bytes as usize, seed);
+        let faults = Faults { short, again: 50, ..Faults::default() };
+        let reader =
+            Simulated { content: Arc::clone(&full), random: Random(seed), faults, queue: Vec::new(), depth: 4 };
+        let tensor = Tensor {
+            name: "t".into(), dtype: "U8", element_align: 1, shape: vec![count, stride], file: 0, offset: head, nbytes: stride * count,
+        };
+        let pick = Pick {
+            tensor: 0, shape: vec![count, row], runs: Runs { offset: head, bytes: row, stride, count },
+        };
+        let file = BatchFile {
+            name: "model".into(), file: any_file(), direct: Some(any_file()), bytes, expected: None,
+        };
+        let (batch, layout) = batch_of(bytes, Some((&[tensor], &[pick])), vec![file]);
+        let batch = run_on(reader, batch);
+        prop_assert!(batch.progress.failure().is_none());
+        let region = region(batch);
+        for number in 0..count {
+            let here = (layout.tensors[0].offset + number * row) as usize;
+            let there = (head + number * stride) as usize;
+            prop_assert!(region[here..here + row as usize] == full[there..there + row as usize]);
+        }
+    }
+}
+
+/// Both real readers give the same bytes as `std::fs::read`, and say by which path they came (invariant 10).
+#[test]
+fn real_readers_read_real_files() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap();
+    let path = folder.path().join("model");
+    let full = content(3_333_333, 7);
+    std::fs::write(&path, full.as_slice()).unwrap();
+    for reader in [ReaderKind::IoUring, ReaderKind::Preadv2] {
+        let direct = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
+        let file = BatchFile {
+            name: "model".into(),
+            file: Arc::new(std::fs::File::open(&path).unwrap().into()),
+            direct: Some(Arc::new(direct.into())),
+            bytes: full.len() as u64,
+            expected: None,
+        };
+        let mut options = options(reader);
+        options.page_cache = false;
+        let shard = Shard::start(options).unwrap();
+        let (batch, _) = batch_of(full.len() as u64, None, vec![file]);
+        let (home, mut back) = mpsc::channel(1);
+        let moves = vec![0..batch.plan.moves.len() as u32];
+        assert!(shard.send(Assignment { batch, moves, priority: 0, home }).is_ok());
+        let batch = back.blocking_recv().unwrap();
+        assert_eq!(batch.progress.failure().map(|error| error.message.clone()), None);
+        assert_eq!(batch.progress.bytes(Path::Direct), full.len() as u64, "{reader:?}");
+        assert!(region(batch)[..full.len()] == full[..]);
+    }
+}
+
+#[test]
+fn a_changed_chunk_of_an_unchanged_file_is_refused_invariant_6() {
+    let full = content(3 << 20, 3);
+    let mut sums: Vec<u64> = full.chunks(CHUNK_BYTES as usize).map(checksum::chunk).collect();
+    sums[1] ^= 1;
+    let file = BatchFile {
+        name: "model".into(),
+        file: any_file(),
+        direct: Some(any_file()),
+        bytes: full.len() as u64,
+        expected: Some(sums.into()),
+    };
+    let reader = Simulated {
+        content: full,
+        random: Random(1),
+        faults: Faults::default(),
+        queue: Vec::new(),
+        depth: 4,
+    };
+    let (batch, _) = batch_of(3 << 20, None, vec![file]);
+    let batch = run_on(reader, batch);
+    assert_eq!(batch.progress.failure().map(|error| error.code), Some(Code::CatalogChecksumMismatch));
+}

@@ -1,0 +1,223 @@
+//! Jobs: from a request for an artifact to a sealed, resident region.
+//!
+//! A job is driven on the control thread and moves its bytes on shard threads. Whatever way it ends, its memory is
+//! either resident or given back (invariants 2 and 11): it waits for every read in flight before it lets go.
+
+mod job;
+mod load;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub use job::{Interest, Job, JobId};
+pub use load::blocking;
+
+use crate::api::methods::Selector;
+use crate::catalog::store::Store;
+use crate::config;
+use crate::error::{Code, Error, Result};
+use crate::shard::Shard;
+use crate::source::file::OpenFile;
+use crate::telemetry::metrics::Metrics;
+use crate::tier::residency::{EntryId, Hold, Key, Residency, Viewer};
+
+/// What to call an artifact on a device, for people.
+#[derive(Debug, Clone)]
+pub struct Name {
+    /// Where it comes from.
+    pub source: String,
+    /// `host`.
+    pub device: String,
+}
+
+/// What a job is asked for.
+#[derive(Debug)]
+pub struct Wanted {
+    /// The files, opened with the tenant's rights.
+    pub files: Vec<OpenFile>,
+    /// What to call it.
+    pub name: Name,
+    /// Only these tensors.
+    pub select: Option<Vec<Selector>>,
+    /// Larger goes first.
+    pub priority: i32,
+    /// Who asks.
+    pub tenant: u32,
+}
+
+impl Wanted {
+    /// What makes it the same as another request.
+    pub fn key(&self) -> Key {
+        key(&self.files, self.select.as_deref())
+    }
+}
+
+/// What makes two requests mean the same resident bytes.
+pub fn key(files: &[OpenFile], select: Option<&[Selector]>) -> Key {
+    Key {
+        files: files.iter().map(|file| (file.name.clone(), file.stamp.clone())).collect(),
+        select: select.map(<[Selector]>::to_vec),
+    }
+}
+
+/// What a request for an artifact comes to.
+#[derive(Debug)]
+pub struct Claim {
+    /// Keeps it from eviction.
+    pub hold: Hold,
+    /// The job that loads it; `None`: it is resident.
+    pub job: Option<(Rc<Job>, Interest)>,
+}
+
+/// Which shard thread reads the files of a block device.
+pub type ShardOf = dyn Fn(u32, u32) -> usize;
+
+/// All jobs. Belongs to the control thread.
+pub struct Jobs {
+    residency: Rc<Residency>,
+    shards: Rc<Vec<Shard>>,
+    shard_of: Box<ShardOf>,
+    store: Option<Arc<Store>>,
+    metrics: Arc<Metrics>,
+    config: RefCell<Rc<config::Config>>,
+    table: RefCell<BTreeMap<JobId, Rc<Job>>>,
+    next: Cell<JobId>,
+    draining: Cell<bool>,
+}
+
+impl Jobs {
+    /// No jobs yet.
+    pub fn new(
+        residency: Rc<Residency>,
+        shards: Rc<Vec<Shard>>,
+        shard_of: Box<ShardOf>,
+        store: Option<Arc<Store>>,
+        metrics: Arc<Metrics>,
+        config: Rc<config::Config>,
+    ) -> Rc<Jobs> {
+        Rc::new(Jobs {
+            residency,
+            shards,
+            shard_of,
+            store,
+            metrics,
+            config: RefCell::new(config),
+            table: RefCell::default(),
+            next: Cell::new(1),
+            draining: Cell::new(false),
+        })
+    }
+
+    /// Takes over reloaded limits.
+    pub fn reconfigure(&self, config: Rc<config::Config>) {
+        *self.config.borrow_mut() = config;
+    }
+
+    /// Finds what is wanted resident, joins the job that loads it, or starts one.
+    ///
+    /// `connection`: the interest ends with it; `None`: it lasts to the end of the job.
+    pub fn want(
+        self: &Rc<Self>,
+        wanted: Wanted,
+        connection: Option<u64>,
+        deadline: Option<Instant>,
+    ) -> Result<Claim> {
+        let (entry, new) = self.residency.enter(wanted.key(), &wanted.name.source, wanted.tenant);
+        let hold = self.residency.hold(entry)?;
+        if !new && self.residency.with(entry, |entry| entry.state.is_resident())? {
+            return Ok(Claim { hold, job: None });
+        }
+        let running = self.of_entry(entry).filter(|_| !new);
+        let job = match running {
+            Some(job) => job,
+            None => self.may_start().map(|()| self.open_job(entry, &wanted.name)).inspect_err(|_| {
+                self.residency.forget(entry);
+            })?,
+        };
+        let interest = job.join(wanted.tenant, connection, deadline);
+        if new {
+            tracing::info!(job = job.id, source = wanted.name.source, tenant = wanted.tenant, "job starts");
+            tokio::task::spawn_local(Rc::clone(self).drive(Rc::clone(&job), wanted));
+        }
+        Ok(Claim { hold, job: Some((job, interest)) })
+    }
+
+    /// The job that made `entry` resident, or a new one that is done already if that is forgotten.
+    pub fn done(&self, entry: EntryId, name: &Name, tenant: u32) -> Rc<Job> {
+        let job = self.of_entry(entry).unwrap_or_else(|| {
+            let job = self.open_job(entry, name);
+            job.end(self.residency.with(entry, |entry| entry.state.digest()));
+            job
+        });
+        // Whoever asks for it may see it.
+        drop(job.join(tenant, Some(0), None));
+        job
+    }
+
+    fn may_start(&self) -> Result<()> {
+        if self.draining.get() {
+            let message = "the daemon is stopping and starts no new jobs: ask again after its restart";
+            return Err(Error::new(Code::DaemonDraining, message));
+        }
+        let (open, most) = (self.open(), self.config.borrow().limits.jobs_max);
+        if open >= most as usize {
+            let message = format!("{open} jobs are open, and limits.jobs_max is {most}: wait for one to end");
+            return Err(Error::new(Code::JobTooMany, message));
+        }
+        Ok(())
+    }
+
+    fn open_job(&self, entry: EntryId, name: &Name) -> Rc<Job> {
+        self.forget_old();
+        let number = self.next.replace(self.next.get() + 1);
+        let job = Rc::new(Job::new(number, entry, name.clone()));
+        self.table.borrow_mut().insert(number, Rc::clone(&job));
+        job
+    }
+
+    /// Number of jobs that have not ended.
+    pub fn open(&self) -> usize {
+        self.table.borrow().values().filter(|job| !job.state().ended()).count()
+    }
+
+    fn of_entry(&self, entry: u64) -> Option<Rc<Job>> {
+        self.table.borrow().values().rev().find(|job| job.entry == entry).cloned()
+    }
+
+    /// A job that `viewer` may see.
+    pub fn get(&self, id: JobId, viewer: Viewer) -> Result<Rc<Job>> {
+        let job = self.table.borrow().get(&id).cloned();
+        job.filter(|job| job.seen_by(viewer))
+            .ok_or_else(|| Error::new(Code::JobNotFound, format!("there is no job {id}, or it is not yours")))
+    }
+
+    /// The jobs that `viewer` may see, newest first.
+    pub fn list(&self, viewer: Viewer) -> Vec<Rc<Job>> {
+        self.table.borrow().values().rev().filter(|job| job.seen_by(viewer)).cloned().collect()
+    }
+
+    /// Starts no new jobs, gives the running ones until `deadline`, then cancels them and waits for their end.
+    pub async fn drain(&self, deadline: Instant) {
+        self.draining.set(true);
+        let open: Vec<_> = self.list(None).into_iter().filter(|job| !job.state().ended()).collect();
+        for job in open {
+            if tokio::time::timeout_at(deadline.into(), job.ended()).await.is_err() {
+                job.cancel(None);
+                job.ended().await;
+            }
+        }
+    }
+
+    /// Ended jobs beyond `limits.jobs_kept_max` are forgotten, oldest first.
+    fn forget_old(&self) {
+        let kept = self.config.borrow().limits.jobs_kept_max as usize;
+        let mut table = self.table.borrow_mut();
+        let ended: Vec<_> = table.values().filter(|job| job.state().ended()).map(|job| job.id).collect();
+        for id in ended.iter().take(ended.len().saturating_sub(kept)) {
+            table.remove(id);
+        }
+    }
+}
