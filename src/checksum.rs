@@ -8,6 +8,28 @@ pub fn chunk(bytes: &[u8]) -> u64 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes)
 }
 
+/// The checksum of a chunk that comes in pieces.
+#[derive(Debug)]
+pub struct Running(crc_fast::Digest);
+
+impl Running {
+    /// Of nothing yet.
+    #[allow(clippy::new_without_default, reason = "an empty checksum is not a default of anything")]
+    pub fn new() -> Running {
+        Running(crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme))
+    }
+
+    /// Takes in the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The checksum of all of them.
+    pub fn finish(self) -> u64 {
+        self.0.finalize()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

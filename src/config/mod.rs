@@ -120,12 +120,12 @@ pub enum PageCache {
 pub struct DataPlane {
     /// How files are read.
     pub reader: Reader,
-    /// Bytes of one read: a multiple of 1 MiB. Default 4 MiB.
+    /// Bytes of one read: a multiple of 1 MiB. Default 1 MiB.
     #[serde(serialize_with = "size::serialize")]
     pub block_bytes: u64,
     /// Reads in flight on each shard thread. Default 8.
     pub depth: u32,
-    /// Slots of `block_bytes` on each shard thread. Default 8.
+    /// Slots of `block_bytes` on each shard thread. Default 16.
     pub slots: u32,
     /// Shard threads. 0: one for each NVMe drive, at least one.
     pub shards: u32,
@@ -297,9 +297,9 @@ impl Default for Config {
             },
             data_plane: DataPlane {
                 reader: Reader::Auto,
-                block_bytes: 4 * MIB,
+                block_bytes: MIB,
                 depth: 8,
-                slots: 8,
+                slots: 16,
                 shards: 0,
                 pin: true,
                 page_cache: PageCache::Auto,

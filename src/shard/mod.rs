@@ -5,6 +5,7 @@
 //! allocates nothing while it moves bytes (invariant 3).
 
 mod batch;
+mod landing;
 mod preadv2;
 mod reader;
 mod run;

@@ -4,6 +4,7 @@
 //! submission to completion.
 #![allow(unsafe_code)]
 
+pub mod copy;
 pub mod identity;
 pub mod lease;
 pub mod mem;
