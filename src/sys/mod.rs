@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod lease;
+pub mod map;
 pub mod mem;
 pub mod page_cache;
 pub mod pages;
