@@ -50,8 +50,7 @@ impl ReadMap {
         if bytes == 0 {
             return Ok(ReadMap { reserved: NonNull::dangling(), reserved_bytes: 0, start: 0, bytes: 0 });
         }
-        let reserved_bytes =
-            bytes.checked_next_multiple_of(ALIGN).and_then(|bytes| bytes.checked_add(ALIGN));
+        let reserved_bytes = bytes.checked_next_multiple_of(ALIGN).and_then(|bytes| bytes.checked_add(ALIGN));
         let reserved_bytes = reserved_bytes.ok_or_else(|| invalid("the parts are too long"))?;
         let map = Self::reserve(reserved_bytes, bytes)?;
         let mut offset = map.start;
@@ -61,7 +60,7 @@ impl ReadMap {
             // `reserve` left room for that from `map.start` on.
             let address = unsafe { map.reserved.as_ptr().add(offset) };
             // SAFETY: MAP_FIXED replaces only pages of the range that `map` reserved and nobody else knows of.
-            unsafe {
+            let mapped = unsafe {
                 rustix::mm::mmap(
                     address.cast(),
                     bytes,
@@ -70,7 +69,13 @@ impl ReadMap {
                     &fd,
                     0,
                 )
-            }?;
+            };
+            if let Err(error) = mapped {
+                // The kernel may have left a hole, which another thread can map something into: addresses are
+                // leaked rather than that mapping unmapped.
+                std::mem::forget(map);
+                return Err(error.into());
+            }
             offset += bytes;
         }
         Ok(map)
@@ -158,8 +163,7 @@ mod tests {
 
     #[test]
     fn parts_lie_one_behind_the_other_on_a_huge_page_boundary() {
-        let parts =
-            (1..=5u8).map(|n| (memory(4096 * u64::from(n), n, GOOD), 4096 * u64::from(n))).collect();
+        let parts = (1..=5u8).map(|n| (memory(4096 * u64::from(n), n, GOOD), 4096 * u64::from(n))).collect();
         let map = ReadMap::from_parts(parts).unwrap();
         let expected: Vec<u8> = (1..=5u8).flat_map(|n| vec![n; 4096 * usize::from(n)]).collect();
         assert!(map.as_slice() == expected);
@@ -201,7 +205,8 @@ mod tests {
         let map = ReadMap::from_parts(vec![(memory(4096, 1, GOOD), 4096)]).unwrap();
         let address = format!("{:x}-", map.as_slice().as_ptr().addr());
         let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
-        let entry = |maps: &str| maps.lines().any(|line| line.starts_with(&address) && line.contains("memfd:"));
+        let entry =
+            |maps: &str| maps.lines().any(|line| line.starts_with(&address) && line.contains("memfd:"));
         assert!(entry(&maps()));
         drop(map);
         assert!(!entry(&maps()));
