@@ -97,6 +97,7 @@ codes! {
     CatalogTooManyFiles = "catalog.too_many_files", Limit, false;
     CatalogDuplicateTensor = "catalog.duplicate_tensor", Data, false;
     CatalogChecksumMismatch = "catalog.checksum_mismatch", Data, false;
+    CliUsage = "cli.usage", Usage, false;
     ClientConnect = "client.connect", Unavailable, true;
     ClientDisconnected = "client.disconnected", Unavailable, true;
     ClientProtocol = "client.protocol", Internal, false;

@@ -1,2 +1,7 @@
 //! `lodestream`: the daemon and its command line.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lodestream::cli::main()
+}
