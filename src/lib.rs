@@ -9,6 +9,7 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 pub mod error;
+mod json;
 pub mod node;
 pub mod plan;
 pub mod shard;

@@ -3,4 +3,5 @@ pub mod call;
 pub mod methods;
 pub mod schema;
 pub mod scm;
+pub mod server;
 pub mod wire;

@@ -9,8 +9,8 @@
 //! goes by way of a slot and is copied to its place.
 
 use crate::catalog::Tensor;
-use crate::checksum::CHUNK_BYTES;
 use crate::catalog::select::{Pick, Runs};
+use crate::checksum::CHUNK_BYTES;
 
 mod moves;
 pub use moves::{Copy, Move, Plan, Target, moves};
@@ -78,7 +78,8 @@ fn whole(files: &[u64], tensors: &[Tensor]) -> Option<Layout> {
     for (file, bytes) in files.iter().copied().enumerate() {
         // Chunks do not straddle parts (multiples of 2 MiB): a large file begins on a chunk boundary, a small one
         // does not cross any.
-        let crosses = layout.bytes / CHUNK_BYTES != layout.bytes.checked_add(bytes)?.div_ceil(CHUNK_BYTES).max(1) - 1;
+        let crosses =
+            layout.bytes / CHUNK_BYTES != layout.bytes.checked_add(bytes)?.div_ceil(CHUNK_BYTES).max(1) - 1;
         let align = if bytes >= CHUNK_BYTES || crosses { CHUNK_BYTES } else { BLOCK_ALIGN };
         let aligned = layout.bytes.checked_next_multiple_of(align)?;
         let place = aligned.checked_add(shift(file as u32, tensors))?;

@@ -5,7 +5,7 @@ use crate::checksum::CHUNK_BYTES;
 
 /// Gaps between the rows of a slice up to this many bytes are read through rather than skipped: one more read costs
 /// about as much time as these bytes.
-pub const GAP_BYTES_MAX: u64 = 16 << 10;
+pub(super) const GAP_BYTES_MAX: u64 = 16 << 10;
 
 /// The reads that fill a region.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -155,8 +155,7 @@ fn staged(plan: &mut Plan, extent: &Extent, file_bytes: u64, block_bytes: u64) -
         let last_end = start + (count - 1) * runs.stride + runs.bytes;
         let read_end = last_end.checked_next_multiple_of(BLOCK_ALIGN)?;
         let slot_offset = u32::try_from(start - offset).ok()?;
-        let copy =
-            Copy { slot_offset, region_offset: place, bytes: runs.bytes, stride: runs.stride, count };
+        let copy = Copy { slot_offset, region_offset: place, bytes: runs.bytes, stride: runs.stride, count };
         plan.push(extent.file, file_bytes, offset, read_end, Target::Staged(copy))?;
         place += count * runs.bytes;
         row += count;

@@ -61,7 +61,15 @@ fn execute(layout: &Layout, files: &[u64]) -> (Vec<u8>, Plan) {
 }
 
 fn tensor(file: u32, offset: u64, nbytes: u64, element_align: u64) -> Tensor {
-    Tensor { name: format!("t{offset}"), dtype: "U8", element_align, shape: vec![nbytes], file, offset, nbytes }
+    Tensor {
+        name: format!("t{offset}"),
+        dtype: "U8",
+        element_align,
+        shape: vec![nbytes],
+        file,
+        offset,
+        nbytes,
+    }
 }
 
 proptest! {

@@ -172,7 +172,8 @@ fn launch<R: Reader>(
     ready: &Sender<io::Result<()>>,
 ) {
     pin(&options.cpus);
-    let prepared = reader.and_then(|reader| Ok((reader, staging::Pool::new(options.slots, options.block_bytes)?)));
+    let prepared =
+        reader.and_then(|reader| Ok((reader, staging::Pool::new(options.slots, options.block_bytes)?)));
     let outcome = match prepared {
         Ok((reader, slots)) => {
             let runner = run::Runner::new(reader, slots, options, stats);

@@ -153,7 +153,8 @@ impl<'a, R: Reader> Runner<'a, R> {
     fn accept(&mut self, assignment: Assignment) {
         let reader = &mut self.reader;
         let Some(place) = self.active.iter().position(Option::is_none) else { return };
-        for part in assignment.batch.parts.iter().filter(|part| part.populated && part.memory.pages().huge()) {
+        for part in assignment.batch.parts.iter().filter(|part| part.populated && part.memory.pages().huge())
+        {
             reader.register_memory(&part.memory);
         }
         let files = assignment.batch.files.iter();
@@ -201,7 +202,8 @@ impl<'a, R: Reader> Runner<'a, R> {
         let span = match &step.target {
             Target::Direct { part, offset } => {
                 let memory = batch.parts.get(*part as usize).map(|part| &part.memory);
-                let Some(span) = memory.and_then(|memory| memory.claim(*offset, u64::from(step.read_bytes))) else {
+                let Some(span) = memory.and_then(|memory| memory.claim(*offset, u64::from(step.read_bytes)))
+                else {
                     batch.progress.fail(Error::new(Code::Internal, "a read has no place in its region"));
                     return true;
                 };
@@ -326,7 +328,10 @@ impl<'a, R: Reader> Runner<'a, R> {
             }
             Err(error) => batch.progress.fail(Error::new(
                 Code::SourceFileIo,
-                format!("{}: reading {} bytes at {} failed: {error}", file.name, step.expect_bytes, step.offset),
+                format!(
+                    "{}: reading {} bytes at {} failed: {error}",
+                    file.name, step.expect_bytes, step.offset
+                ),
             )),
         }
         self.release(&step.target, purpose, read.span);
@@ -338,7 +343,8 @@ impl<'a, R: Reader> Runner<'a, R> {
         let file = &batch.files[step.file as usize];
         let mut clock = Instant::now();
         for (number, piece) in step.pieces().enumerate() {
-            let bytes = &span.as_slice()[(piece.start - step.offset) as usize..(piece.end - step.offset) as usize];
+            let bytes =
+                &span.as_slice()[(piece.start - step.offset) as usize..(piece.end - step.offset) as usize];
             let sum = checksum::chunk(bytes);
             if let Some(expected) = expected(file, &piece).filter(|expected| *expected != sum) {
                 batch.progress.fail(Error::new(

@@ -120,7 +120,11 @@ fn any_file() -> Arc<OwnedFd> {
     Arc::new(std::fs::File::open("/proc/self/exe").unwrap().into())
 }
 
-fn batch_of(bytes: u64, picks: Option<(&[Tensor], &[Pick])>, files: Vec<BatchFile>) -> (Arc<Batch>, plan::Layout) {
+fn batch_of(
+    bytes: u64,
+    picks: Option<(&[Tensor], &[Pick])>,
+    files: Vec<BatchFile>,
+) -> (Arc<Batch>, plan::Layout) {
     let (tensors, picks) = picks.map_or((&[][..], None), |(tensors, picks)| (tensors, Some(picks)));
     let layout = plan::layout(&[bytes], tensors, picks).unwrap();
     let count = layout.bytes.div_ceil(PART).max(1) as usize;
@@ -272,8 +276,13 @@ fn a_changed_chunk_of_an_unchanged_file_is_refused_invariant_6() {
         bytes: full.len() as u64,
         expected: Some(sums.into()),
     };
-    let reader =
-        Simulated { content: full, random: Random(1), faults: Faults::default(), queue: Vec::new(), depth: 4 };
+    let reader = Simulated {
+        content: full,
+        random: Random(1),
+        faults: Faults::default(),
+        queue: Vec::new(),
+        depth: 4,
+    };
     let (batch, _) = batch_of(3 << 20, None, vec![file]);
     let batch = run_on(reader, batch);
     assert_eq!(batch.progress.failure().map(|error| error.code), Some(Code::CatalogChecksumMismatch));

@@ -4,9 +4,11 @@
 //! submission to completion.
 #![allow(unsafe_code)]
 
+pub mod identity;
 pub mod lease;
 pub mod map;
 pub mod mem;
 pub mod page_cache;
 pub mod pages;
+pub mod peer;
 pub mod uring;

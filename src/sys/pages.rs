@@ -43,7 +43,9 @@ pub fn probe(kind: PageKind) -> Result<(), String> {
     match kind {
         PageKind::Small => Ok(()),
         PageKind::Hugetlb => Memory::new(HUGE_PAGE_BYTES, kind).map(drop).map_err(|error| {
-            format!("no free 2 MiB huge page ({error}): reserve some (vm.nr_hugepages) or allow the daemon to")
+            format!(
+                "no free 2 MiB huge page ({error}): reserve some (vm.nr_hugepages) or allow the daemon to"
+            )
         }),
         PageKind::Thp => {
             let memory = Memory::new(HUGE_PAGE_BYTES, kind).map_err(|error| error.to_string())?;

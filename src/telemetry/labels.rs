@@ -49,6 +49,8 @@ label! {
         Staged = "staged",
         /// Copied from the page cache.
         Cached = "cached",
+        /// Read through the page cache, because the file system refuses O_DIRECT.
+        Buffered = "buffered",
     }
 }
 

@@ -195,6 +195,7 @@ impl Metrics {
             direct_bytes: path(ReadPath::Direct),
             staged_bytes: path(ReadPath::Staged),
             cached_bytes: path(ReadPath::Cached),
+            buffered_bytes: path(ReadPath::Buffered),
             errors: self.read_errors.get_or_create_owned(&SourceLabels { source }),
         }
     }
@@ -311,6 +312,8 @@ pub struct ReadMetrics {
     pub staged_bytes: Counter,
     /// Bytes copied from the page cache.
     pub cached_bytes: Counter,
+    /// Bytes read through the page cache, because the file system refuses O_DIRECT.
+    pub buffered_bytes: Counter,
     /// Reads that failed after retries.
     pub errors: Counter,
 }

@@ -61,6 +61,12 @@ impl Readiness {
         *self.state.borrow()
     }
 
+    /// Waits until requests are served.
+    pub async fn reached(&self) {
+        // The sender is in `self`, so it cannot be gone.
+        let _ = self.state.subscribe().wait_for(|state| *state == State::Ready).await;
+    }
+
     /// Changes the state. A daemon that drains stays so: a preload that ends late does not make it ready.
     pub fn set(&self, state: State) {
         self.state.send_if_modified(|current| {

@@ -192,8 +192,12 @@ impl Host {
             held: Vec::new(),
             loads: 0,
         };
-        let host =
-            Rc::new(Host { choice, state: RefCell::new(state), changed: Notify::new(), wanting: Notify::new() });
+        let host = Rc::new(Host {
+            choice,
+            state: RefCell::new(state),
+            changed: Notify::new(),
+            wanting: Notify::new(),
+        });
         host.resize(config);
         host
     }
@@ -348,7 +352,8 @@ impl Host {
     /// Frees what importers have let go of.
     pub fn look_at_held(self: &Rc<Self>) {
         let mut state = self.state.borrow_mut();
-        let (held, free): (Vec<_>, Vec<_>) = std::mem::take(&mut state.held).into_iter().partition(Importers::hold);
+        let (held, free): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut state.held).into_iter().partition(Importers::hold);
         let bytes: u64 = free.iter().map(Importers::bytes).sum();
         state.held = held;
         state.account.held -= bytes;

@@ -237,18 +237,28 @@ impl Residency {
         (id, true)
     }
 
-    /// The entry for `key`, if `viewer` may see it.
-    pub fn find(&self, key: &Key, viewer: Viewer) -> Result<EntryId> {
+    /// The entry for `key`, which `tenant` has just opened, if there is one.
+    pub fn known(&self, key: &Key, tenant: u32) -> Option<EntryId> {
+        let mut table = self.table.borrow_mut();
+        let id = table.by_key.get(key).copied()?;
+        table.entries.get_mut(&id)?.tenants.insert(tenant);
+        Some(id)
+    }
+
+    /// The newest entry that was loaded from `source`, if `viewer` may see it.
+    pub fn find_source(&self, source: &str, select: Option<&[Selector]>, viewer: Viewer) -> Option<EntryId> {
         let table = self.table.borrow();
-        let entry = table.by_key.get(key).and_then(|id| table.entries.get(id));
-        entry.filter(|entry| entry.seen_by(viewer)).map(|entry| entry.id).ok_or_else(not_resident)
+        let mut newest = table.entries.values().rev();
+        let same = |entry: &&Entry| entry.source == source && entry.key.select.as_deref() == select;
+        newest.find(|entry| same(entry) && entry.seen_by(viewer)).map(|entry| entry.id)
     }
 
     /// The entry with this digest and selection, if `viewer` may see it.
     pub fn find_digest(&self, digest: &str, select: Option<&[Selector]>, viewer: Viewer) -> Result<EntryId> {
         let table = self.table.borrow();
         let found = table.entries.values().rev().find(|entry| {
-            let known = matches!(&entry.state, State::Resident(content) if content.digest.as_deref() == Some(digest));
+            let known =
+                matches!(&entry.state, State::Resident(content) if content.digest.as_deref() == Some(digest));
             known && entry.key.select.as_deref() == select && entry.seen_by(viewer)
         });
         found.map(|entry| entry.id).ok_or_else(|| {
@@ -304,18 +314,20 @@ impl Residency {
         Ok(Hold { residency: Rc::clone(self), id })
     }
 
-    /// Pins or unpins for a tenant. The daemon's own user (`None`) unpins for all.
-    pub fn pin(self: &Rc<Self>, id: EntryId, viewer: Viewer, own: u32, pin: bool) -> Result<()> {
+    /// Pins for a tenant.
+    pub fn pin(&self, id: EntryId, tenant: u32) -> Result<()> {
         let mut table = self.table.borrow_mut();
         let entry = table.entries.get_mut(&id).ok_or_else(not_resident)?;
-        let tenant = viewer.unwrap_or(own);
-        match (pin, viewer) {
-            (true, _) => drop(entry.pins.insert(tenant)),
-            (false, Some(_)) => drop(entry.pins.remove(&tenant)),
-            (false, None) => entry.pins.clear(),
-        }
+        entry.pins.insert(tenant);
+        Ok(())
+    }
+
+    /// Takes a tenant's pin back; all pins for the daemon's own user (`None`).
+    pub fn unpin(&self, id: EntryId, viewer: Viewer) -> Result<()> {
+        let mut table = self.table.borrow_mut();
+        let entry = table.entries.get_mut(&id).ok_or_else(not_resident)?;
+        entry.pins.retain(|pin| viewer.is_some_and(|tenant| tenant != *pin));
         drop(table);
-        self.sweep();
         self.host.nudge();
         Ok(())
     }
@@ -467,6 +479,10 @@ impl Entry {
     }
 }
 
-fn not_resident() -> Error {
-    Error::new(Code::ArtifactNotResident, "the artifact is not resident: prefetch it, or attach with \"wait\": true")
+/// The error for what is not, or not yet, resident.
+pub fn not_resident() -> Error {
+    Error::new(
+        Code::ArtifactNotResident,
+        "the artifact is not resident: prefetch it, or attach with \"wait\": true",
+    )
 }

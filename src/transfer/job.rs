@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
+use super::Name;
 use crate::api::methods::{ErrorData, JobInfo, JobState};
 use crate::error::{Code, Error};
 use crate::shard::{Path, Phase, Progress};
@@ -23,8 +24,7 @@ pub struct Job {
     pub id: JobId,
     /// What it fills.
     pub entry: EntryId,
-    artifact: String,
-    device: String,
+    name: Name,
     created: Instant,
     /// Bytes that have arrived; also the way to stop it.
     pub(super) progress: Arc<Progress>,
@@ -64,20 +64,29 @@ pub struct Interest {
     number: u64,
 }
 
+impl Interest {
+    /// The job.
+    pub fn job(&self) -> &Rc<Job> {
+        &self.job
+    }
+}
+
 impl Drop for Interest {
     fn drop(&mut self) {
-        self.job.interests.borrow_mut().retain(|other| other.number != self.number || other.connection.is_none());
+        self.job
+            .interests
+            .borrow_mut()
+            .retain(|other| other.number != self.number || other.connection.is_none());
         self.job.interest.notify_one();
     }
 }
 
 impl Job {
-    pub(super) fn new(id: JobId, entry: EntryId, artifact: String, device: String) -> Job {
+    pub(super) fn new(id: JobId, entry: EntryId, name: Name) -> Job {
         Job {
             id,
             entry,
-            artifact,
-            device,
+            name,
             created: Instant::now(),
             progress: Arc::default(),
             total: Cell::new(0),
@@ -92,7 +101,12 @@ impl Job {
     }
 
     /// Registers an interest. With `connection` it ends when dropped; without, it stays to the end of the job.
-    pub fn join(self: &Rc<Self>, tenant: u32, connection: Option<u64>, deadline: Option<Instant>) -> Interest {
+    pub fn join(
+        self: &Rc<Self>,
+        tenant: u32,
+        connection: Option<u64>,
+        deadline: Option<Instant>,
+    ) -> Interest {
         let number = self.next_interest.get();
         self.next_interest.set(number + 1);
         self.tenants.borrow_mut().insert(tenant);
@@ -117,7 +131,9 @@ impl Job {
         let interests = self.interests.borrow();
         if interests.is_empty() {
             let message = "the job was cancelled: nobody waits for it any more";
-            return Some(Error::new(Code::JobCancelled, message).kept("nothing of it; its memory was given back"));
+            return Some(
+                Error::new(Code::JobCancelled, message).kept("nothing of it; its memory was given back"),
+            );
         }
         let now = Instant::now();
         let late = |interested: &Interested| interested.deadline.is_some_and(|deadline| deadline <= now);
@@ -180,13 +196,14 @@ impl Job {
             None => began.elapsed(),
         });
         let rate = running.map_or(0.0, |time| bytes as f64 / time.as_secs_f64().max(1e-9));
-        let eta = (rate > 0.0 && outcome.is_none()).then(|| (total.saturating_sub(bytes) as f64 / rate * 1e3) as u64);
+        let eta = (rate > 0.0 && outcome.is_none())
+            .then(|| (total.saturating_sub(bytes) as f64 / rate * 1e3) as u64);
         let observed = Path::ALL.iter().map(|path| (path.as_str().to_owned(), self.progress.bytes(*path)));
         JobInfo {
             job: self.id,
             state: self.state(),
-            artifact: self.artifact.clone(),
-            device: self.device.clone(),
+            artifact: self.name.source.clone(),
+            device: self.name.device.clone(),
             bytes,
             total,
             rate,
@@ -213,7 +230,10 @@ impl Job {
             ("copy", Phase::Copy),
             (if from_cache { "copy" } else { "memory" }, Phase::Submit),
         ];
-        let (name, nanos) = phases.map(|(name, phase)| (name, self.progress.nanos(phase))).into_iter().max_by_key(|(_, nanos)| *nanos)?;
+        let (name, nanos) = phases
+            .map(|(name, phase)| (name, self.progress.nanos(phase)))
+            .into_iter()
+            .max_by_key(|(_, nanos)| *nanos)?;
         (nanos > 0).then_some(name)
     }
 }

@@ -99,7 +99,8 @@ impl Jobs {
             return Err(too_large());
         };
         job.begin(plan.bytes);
-        let (outcome, memories, checks) = self.transfer(job, plan, &files, known.as_ref(), parts, priority).await;
+        let (outcome, memories, checks) =
+            self.transfer(job, plan, &files, known.as_ref(), parts, priority).await;
         let outcome = match outcome {
             Ok(()) => blocking(move || unchanged(&files).map(|()| files)).await,
             Err(error) => Err(error),
@@ -113,7 +114,7 @@ impl Jobs {
         };
         let whole = layout.files.iter().all(Option::is_some);
         let digest = match (known, whole) {
-            (Some(manifest), _) => Some(manifest.digest()),
+            (Some(manifest), _) => Some(manifest.digest().to_owned()),
             (None, true) => Some(self.remember(files, &description, &checks).await?),
             (None, false) => None,
         };
@@ -127,7 +128,14 @@ impl Jobs {
             retired.push(mapping);
         }
         host.unmap_later(retired);
-        Ok(Content { description, files: layout.files, tensors: layout.tensors, digest, checks, parts: sealed })
+        Ok(Content {
+            description,
+            files: layout.files,
+            tensors: layout.tensors,
+            digest,
+            checks,
+            parts: sealed,
+        })
     }
 
     /// Has the shard threads carry out a plan. Comes back only when no read is in flight any more (invariant 2).
@@ -146,9 +154,10 @@ impl Jobs {
             file: Arc::clone(&file.file),
             direct: file.direct.clone(),
             bytes: file.stamp.bytes,
-            expected: known.map(|manifest| manifest.files[number].chunks.clone().into()),
+            expected: known.map(|manifest| manifest.chunks()[number].clone().into()),
         });
-        let parts = parts.parts.into_iter().map(|(memory, populated)| Part { memory: Arc::new(memory), populated });
+        let parts =
+            parts.parts.into_iter().map(|(memory, populated)| Part { memory: Arc::new(memory), populated });
         let batch = Batch::new(plan, batch_files.collect(), parts.collect(), Arc::clone(&job.progress));
         let batch = Arc::new(batch);
         let (home, mut back) = mpsc::channel(self.shards.len());
@@ -156,7 +165,8 @@ impl Jobs {
         for (shard, moves) in lanes.into_iter().enumerate().filter(|(_, moves)| !moves.is_empty()) {
             let assignment = Assignment { batch: Arc::clone(&batch), moves, priority, home: home.clone() };
             if self.shards[shard].send(assignment).is_err() {
-                job.progress.fail(Error::new(Code::JobTooMany, format!("the mailbox of shard {shard} is full")));
+                job.progress
+                    .fail(Error::new(Code::JobTooMany, format!("the mailbox of shard {shard} is full")));
             }
         }
         drop(home);
@@ -180,7 +190,10 @@ impl Jobs {
             Some((memories, checks)) => (outcome, memories, checks),
             None => {
                 // It stays in the account of regions: lost, but never handed to anyone else.
-                tracing::error!(job = job.id, "memory leaked: a broken shard thread still owns reads into it");
+                tracing::error!(
+                    job = job.id,
+                    "memory leaked: a broken shard thread still owns reads into it"
+                );
                 let lost = Error::new(Code::Internal, "a shard thread did not give the job back");
                 (Err(outcome.err().unwrap_or(lost)), Vec::new(), Box::default())
             }
@@ -202,21 +215,28 @@ impl Jobs {
     }
 
     /// Makes the manifest of files that were read whole, keeps it for the next run, and gives its digest.
-    async fn remember(&self, files: Vec<OpenFile>, description: &Description, checks: &[u64]) -> Result<String> {
+    async fn remember(
+        &self,
+        files: Vec<OpenFile>,
+        description: &Description,
+        checks: &[u64],
+    ) -> Result<String> {
         let mut rest = checks;
         let mut sums = Vec::with_capacity(files.len());
         for file in &files {
-            let (own, others) = rest.split_at_checked(file.stamp.bytes.div_ceil(CHUNK_BYTES) as usize).ok_or_else(
-                || Error::new(Code::Internal, "a plan for whole files has no checksum for each chunk"),
-            )?;
+            let (own, others) =
+                rest.split_at_checked(file.stamp.bytes.div_ceil(CHUNK_BYTES) as usize).ok_or_else(|| {
+                    Error::new(Code::Internal, "a plan for whole files has no checksum for each chunk")
+                })?;
             sums.push(own.to_vec());
             rest = others;
         }
-        let manifest = Manifest::new(description, sums);
-        let digest = manifest.digest();
+        let manifest = Manifest::new(description.clone(), sums)
+            .map_err(|error| Error::new(Code::Internal, format!("the manifest cannot be made: {error}")))?;
+        let digest = manifest.digest().to_owned();
         if let Some(store) = self.store.clone() {
-            let stored = blocking(move || store.put(&files, &manifest)).await;
-            if let Err(error) = stored {
+            let kept = tokio::task::spawn_blocking(move || store.put(&files, &manifest)).await;
+            if let Ok(Err(error)) = kept {
                 tracing::warn!(%error, "a manifest was not kept for the next run");
             }
         }
@@ -225,7 +245,7 @@ impl Jobs {
 }
 
 /// Runs something that blocks off the control thread.
-async fn blocking<T: Send + 'static>(act: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub async fn blocking<T: Send + 'static>(act: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let joined = tokio::task::spawn_blocking(act).await;
     joined.unwrap_or_else(|_| Err(Error::new(Code::Internal, "a thread of the control plane failed")))
 }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use job::{Interest, Job, JobId};
+pub use load::blocking;
 
 use crate::api::methods::Selector;
 use crate::catalog::store::Store;
@@ -23,17 +24,24 @@ use crate::source::file::OpenFile;
 use crate::telemetry::metrics::Metrics;
 use crate::tier::residency::{EntryId, Hold, Key, Residency, Viewer};
 
+/// What to call an artifact on a device, for people.
+#[derive(Debug, Clone)]
+pub struct Name {
+    /// Where it comes from.
+    pub source: String,
+    /// `host`.
+    pub device: String,
+}
+
 /// What a job is asked for.
 #[derive(Debug)]
 pub struct Wanted {
     /// The files, opened with the tenant's rights.
     pub files: Vec<OpenFile>,
-    /// Where they came from, for people.
-    pub source: String,
+    /// What to call it.
+    pub name: Name,
     /// Only these tensors.
     pub select: Option<Vec<Selector>>,
-    /// `host`.
-    pub device: String,
     /// Larger goes first.
     pub priority: i32,
     /// Who asks.
@@ -117,7 +125,7 @@ impl Jobs {
         connection: Option<u64>,
         deadline: Option<Instant>,
     ) -> Result<Claim> {
-        let (entry, new) = self.residency.enter(wanted.key(), &wanted.source, wanted.tenant);
+        let (entry, new) = self.residency.enter(wanted.key(), &wanted.name.source, wanted.tenant);
         let hold = self.residency.hold(entry)?;
         if !new && self.residency.with(entry, |entry| entry.state.is_resident())? {
             return Ok(Claim { hold, job: None });
@@ -125,26 +133,27 @@ impl Jobs {
         let running = self.of_entry(entry).filter(|_| !new);
         let job = match running {
             Some(job) => job,
-            None => self.may_start().map(|()| self.open_job(entry, &wanted)).inspect_err(|_| {
+            None => self.may_start().map(|()| self.open_job(entry, &wanted.name)).inspect_err(|_| {
                 self.residency.forget(entry);
             })?,
         };
         let interest = job.join(wanted.tenant, connection, deadline);
         if new {
-            tracing::info!(job = job.id, source = wanted.source, tenant = wanted.tenant, "job starts");
+            tracing::info!(job = job.id, source = wanted.name.source, tenant = wanted.tenant, "job starts");
             tokio::task::spawn_local(Rc::clone(self).drive(Rc::clone(&job), wanted));
         }
         Ok(Claim { hold, job: Some((job, interest)) })
     }
 
     /// The job that made `entry` resident, or a new one that is done already if that is forgotten.
-    pub fn done(&self, entry: EntryId, wanted: &Wanted) -> Rc<Job> {
-        if let Some(job) = self.of_entry(entry) {
-            return job;
-        }
-        let job = self.open_job(entry, wanted);
-        drop(job.join(wanted.tenant, Some(0), None));
-        job.end(self.residency.with(entry, |entry| entry.state.digest()));
+    pub fn done(&self, entry: EntryId, name: &Name, tenant: u32) -> Rc<Job> {
+        let job = self.of_entry(entry).unwrap_or_else(|| {
+            let job = self.open_job(entry, name);
+            job.end(self.residency.with(entry, |entry| entry.state.digest()));
+            job
+        });
+        // Whoever asks for it may see it.
+        drop(job.join(tenant, Some(0), None));
         job
     }
 
@@ -161,10 +170,10 @@ impl Jobs {
         Ok(())
     }
 
-    fn open_job(&self, entry: EntryId, wanted: &Wanted) -> Rc<Job> {
+    fn open_job(&self, entry: EntryId, name: &Name) -> Rc<Job> {
         self.forget_old();
         let number = self.next.replace(self.next.get() + 1);
-        let job = Rc::new(Job::new(number, entry, wanted.source.clone(), wanted.device.clone()));
+        let job = Rc::new(Job::new(number, entry, name.clone()));
         self.table.borrow_mut().insert(number, Rc::clone(&job));
         job
     }

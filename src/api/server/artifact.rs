@@ -1,0 +1,230 @@
+//! Opening, finding and attaching artifacts on behalf of a client.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::connection::Connection;
+use super::writer::Attached;
+use crate::api::methods::{
+    ArtifactInfo, ArtifactReply, ArtifactRequest, AttachRequest, FileInfo, ResolveReply, ResolveRequest,
+    Selector, Source, TensorInfo,
+};
+use crate::catalog;
+use crate::error::{Code, Error, Result};
+use crate::json::shown;
+use crate::source::file::{self, OpenFile};
+use crate::tier::residency::{Entry, EntryId, Hold, State};
+use crate::transfer::{self, Claim, Name, Wanted};
+
+impl Connection {
+    /// Opens the files of a source with the client's own rights (invariant 7). Gives them and what to call them.
+    async fn open(&self, source: Source, fds: Vec<OwnedFd>) -> Result<(Vec<OpenFile>, String)> {
+        let (roots, tenant, limits) =
+            (Arc::clone(&self.node.roots), self.tenant.clone(), self.limits.clone());
+        transfer::blocking(move || match source {
+            Source::Uri(uri) => {
+                let files = roots.open_artifact(&uri, &tenant, &limits)?;
+                Ok((files, shown(&uri)))
+            }
+            Source::Fds(sent) => {
+                let files = file::from_fds(fds, &sent.names, &limits)?;
+                let names: Vec<&str> = files.iter().map(|file| file.name.as_str()).collect();
+                let shown = format!("fds:{}", names.join(","));
+                Ok((files, shown))
+            }
+        })
+        .await
+    }
+
+    /// Opens a source and says what is wanted of it.
+    pub(super) async fn wanted(
+        &self,
+        source: Source,
+        fds: Vec<OwnedFd>,
+        select: Option<Vec<Selector>>,
+        device: &str,
+        priority: i32,
+    ) -> Result<Wanted> {
+        check_device(device)?;
+        let (files, source) = self.open(source, fds).await?;
+        let name = Name { source, device: device.to_owned() };
+        Ok(Wanted { files, name, select, priority, tenant: self.tenant.uid })
+    }
+
+    pub(super) async fn resolve(&self, request: ResolveRequest, fds: Vec<OwnedFd>) -> Result<ResolveReply> {
+        let (files, _) = self.open(request.source, fds).await?;
+        let key = transfer::key(&files, None);
+        let (limits, store) = (self.limits.clone(), self.node.store.clone());
+        let described = transfer::blocking(move || {
+            let known =
+                store.and_then(|store| store.get(&files)).map(|manifest| manifest.digest().to_owned());
+            Ok((catalog::describe(&files, &limits)?, known))
+        });
+        let (description, known) = described.await?;
+        let residency = &self.node.residency;
+        let entry = residency.known(&key, self.tenant.uid);
+        let state = entry.and_then(|entry| residency.with(entry, |entry| entry.state.clone()).ok());
+        let tensors = description.tensors.iter().map(|tensor| TensorInfo {
+            name: tensor.name.clone(),
+            dtype: tensor.dtype.as_str().to_owned(),
+            shape: tensor.shape.clone(),
+            file: tensor.file,
+            nbytes: tensor.nbytes,
+        });
+        Ok(ResolveReply {
+            digest: known.or_else(|| state.as_ref().and_then(State::digest)),
+            format: description.format.as_str().to_owned(),
+            bytes: description.files.iter().map(|file| file.bytes).sum(),
+            files: description
+                .files
+                .iter()
+                .map(|file| FileInfo { name: file.name.clone(), bytes: file.bytes })
+                .collect(),
+            tensors: tensors.collect(),
+            metadata: description.metadata.clone(),
+            resident: state.filter(State::is_resident).map(|_| vec!["host".to_owned()]).unwrap_or_default(),
+        })
+    }
+
+    pub(super) async fn attach(
+        self: &Rc<Self>,
+        request: AttachRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Attached> {
+        let began = Instant::now();
+        check_device(&request.device)?;
+        if self.leases.borrow().len() >= self.limits.leases_per_connection_max as usize {
+            let most = self.limits.leases_per_connection_max;
+            let message = format!("this connection holds {most} leases, as many as it may: release one");
+            return Err(Error::new(Code::LeaseTooMany, message).kept("the leases that it holds"));
+        }
+        let mut timings = BTreeMap::new();
+        let mut lap = Instant::now();
+        let mut timed = |phase: &str| {
+            timings.insert(phase.to_owned(), lap.elapsed().as_secs_f64() * 1e3);
+            lap = Instant::now();
+        };
+        let mut loaded = false;
+        let hold = match (request.source, request.digest) {
+            (Some(source), None) => {
+                let wanted = self.wanted(source, fds, request.select, &request.device, 0).await?;
+                timed("resolve");
+                if !request.wait {
+                    self.resident(&wanted)?
+                } else {
+                    let Claim { hold, job } = self.node.jobs.want(wanted, Some(self.number), None)?;
+                    if let Some((job, _interest)) = job {
+                        loaded = true;
+                        if request.notify {
+                            self.report(&job).await;
+                        }
+                        job.ended().await;
+                        if let Some(error) = job.error() {
+                            return Err(error);
+                        }
+                    }
+                    hold
+                }
+            }
+            (None, Some(digest)) => {
+                let select = request.select.as_deref();
+                let entry = self.node.residency.find_digest(&digest, select, self.viewer())?;
+                timed("resolve");
+                self.node.residency.hold(entry)?
+            }
+            _ => return Err(Error::new(Code::ApiBadParams, "name exactly one of \"source\" and \"digest\"")),
+        };
+        let content = hold.content()?;
+        timed("load");
+        let metrics = &self.node.metrics;
+        if loaded {
+            metrics.waited(began.elapsed())
+        } else {
+            metrics.attached(began.elapsed())
+        }
+        timings.insert("total".to_owned(), began.elapsed().as_secs_f64() * 1e3);
+        let lease = self.node.next_lease();
+        self.leases.borrow_mut().insert(lease, hold);
+        Ok(Attached { lease, content, timings_ms: timings })
+    }
+
+    /// A hold on what is wanted if it is resident already.
+    fn resident(&self, wanted: &Wanted) -> Result<Hold> {
+        let residency = &self.node.residency;
+        let entry = residency.known(&wanted.key(), self.tenant.uid);
+        let entry =
+            entry.filter(|entry| residency.with(*entry, |entry| entry.state.is_resident()).unwrap_or(false));
+        residency.hold(entry.ok_or_else(crate::tier::residency::not_resident)?)
+    }
+
+    /// The entry that a request names. If its files cannot be opened any more, by what they were loaded from.
+    pub(super) async fn find(&self, request: ArtifactRequest, fds: Vec<OwnedFd>) -> Result<EntryId> {
+        check_device(&request.device)?;
+        let residency = &self.node.residency;
+        let select = request.select.as_deref();
+        match (request.source, request.digest) {
+            (Some(source), None) => {
+                let name = match &source {
+                    Source::Uri(uri) => Some(shown(uri)),
+                    Source::Fds(_) => None,
+                };
+                match self.open(source, fds).await {
+                    Ok((files, _)) => {
+                        let key = transfer::key(&files, select);
+                        let entry = residency.known(&key, self.tenant.uid);
+                        entry.ok_or_else(crate::tier::residency::not_resident)
+                    }
+                    Err(error) => {
+                        let named = name.and_then(|name| residency.find_source(&name, select, self.viewer()));
+                        named.ok_or(error)
+                    }
+                }
+            }
+            (None, Some(digest)) => residency.find_digest(&digest, select, self.viewer()),
+            _ => Err(Error::new(Code::ApiBadParams, "name exactly one of \"source\" and \"digest\"")),
+        }
+    }
+
+    pub(super) fn described(&self, entry: EntryId) -> Result<ArtifactReply> {
+        Ok(ArtifactReply { artifact: self.node.residency.with(entry, info)? })
+    }
+}
+
+/// An entry, as clients see it.
+pub(super) fn info(entry: &Entry) -> ArtifactInfo {
+    let content = match &entry.state {
+        State::Resident(content) => Some(content),
+        State::Loading => None,
+    };
+    ArtifactInfo {
+        source: entry.source.clone(),
+        digest: entry.state.digest(),
+        select: entry.key.select.clone(),
+        device: "host".to_owned(),
+        state: entry.state_name().to_owned(),
+        bytes: entry.bytes,
+        tensors: content.map_or(0, |content| content.tensors.len() as u64),
+        leases: entry.leases,
+        pinned: !entry.pins.is_empty(),
+        pages: content.map_or("", |content| content.pages()).to_owned(),
+        idle_ms: entry.used.elapsed().as_millis() as u64,
+    }
+}
+
+/// Only the host tier exists on this build.
+fn check_device(device: &str) -> Result<()> {
+    match device {
+        "host" => Ok(()),
+        gpu if gpu.starts_with("gpu:") => {
+            let message = format!("{gpu} is not available: this daemon has the host tier only");
+            Err(Error::new(Code::DeviceUnavailable, message))
+        }
+        other => {
+            let message = format!("{other:?} is no device: write host, gpu:GPU-<uuid> or gpu:<index>");
+            Err(Error::new(Code::ApiBadParams, message))
+        }
+    }
+}

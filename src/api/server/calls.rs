@@ -1,0 +1,146 @@
+//! What each method does.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use super::connection::Connection;
+use super::writer::Outgoing;
+use crate::api::call::Call;
+use crate::api::methods::{
+    EmptyReply, HelloReply, HelloRequest, JobListReply, JobReply, JobWaitRequest, ListReply, PrefetchReply,
+    PrefetchRequest, ReleaseRequest, VERSIONS,
+};
+use crate::api::wire;
+use crate::error::{Code, Error, Result};
+use crate::transfer::Claim;
+
+impl Connection {
+    /// Carries out a request and says what to answer.
+    pub(super) async fn answer(
+        self: &Rc<Self>,
+        call: Call,
+        fds: Vec<OwnedFd>,
+        id: &wire::Id,
+    ) -> Result<Outgoing> {
+        let node = &self.node;
+        match call {
+            Call::Hello(request) => self.reply(id, &self.hello(&request)?),
+            Call::ArtifactResolve(request) => self.reply(id, &self.resolve(request, fds).await?),
+            Call::ArtifactPrefetch(request) => self.reply(id, &self.prefetch(request, fds).await?),
+            Call::ArtifactAttach(request) => {
+                Ok(Outgoing::Attached(id.clone(), Box::new(self.attach(request, fds).await?)))
+            }
+            Call::ArtifactList(_) => {
+                let artifacts = node.residency.list(self.viewer(), super::artifact::info);
+                self.reply(id, &ListReply { artifacts })
+            }
+            Call::ArtifactStat(request) => {
+                let entry = self.find(request, fds).await?;
+                self.reply(id, &self.described(entry)?)
+            }
+            Call::ArtifactPin(request) => {
+                let entry = self.find(request, fds).await?;
+                node.residency.pin(entry, self.tenant.uid)?;
+                self.reply(id, &self.described(entry)?)
+            }
+            Call::ArtifactUnpin(request) => {
+                let entry = self.find(request, fds).await?;
+                node.residency.unpin(entry, self.viewer())?;
+                self.reply(id, &self.described(entry)?)
+            }
+            Call::ArtifactEvict(request) => {
+                let entry = self.find(request, fds).await?;
+                let before = self.described(entry)?;
+                node.residency.evict(entry)?;
+                self.reply(id, &before)
+            }
+            Call::LeaseRelease(request) => self.reply(id, &self.release(&request)?),
+            Call::JobGet(request) => {
+                let job = node.jobs.get(request.job, self.viewer())?;
+                self.reply(id, &JobReply { job: job.info() })
+            }
+            Call::JobWait(request) => self.reply(id, &self.wait(&request).await?),
+            Call::JobCancel(request) => {
+                let job = node.jobs.get(request.job, self.viewer())?;
+                self.interests.borrow_mut().remove(&job.id);
+                job.cancel(self.viewer());
+                // Cancelled at once, or still running for somebody else.
+                tokio::task::yield_now().await;
+                self.reply(id, &JobReply { job: job.info() })
+            }
+            Call::JobList(_) => {
+                let jobs = node.jobs.list(self.viewer()).iter().map(|job| job.info()).collect();
+                self.reply(id, &JobListReply { jobs })
+            }
+            Call::NodeStatus(_) => self.reply(id, &node.status()),
+            Call::NodeTopology(_) => self.reply(id, &node.topology()),
+        }
+    }
+
+    fn reply(&self, id: &wire::Id, result: &impl serde::Serialize) -> Result<Outgoing> {
+        Ok(Outgoing::Line(wire::reply(id, result, self.limits.reply_bytes_max as usize)?))
+    }
+
+    fn hello(&self, request: &HelloRequest) -> Result<HelloReply> {
+        let both =
+            VERSIONS.iter().rev().find(|own| request.versions.is_empty() || request.versions.contains(own));
+        let Some(version) = both else {
+            let message =
+                format!("this daemon speaks API versions {VERSIONS:?}, the client {:?}", request.versions);
+            return Err(Error::new(Code::ApiVersionUnsupported, message));
+        };
+        tracing::debug!(connection = self.number, client = request.client, version, "hello");
+        Ok(self.node.hello(*version, &self.tenant, &self.limits))
+    }
+
+    async fn prefetch(self: &Rc<Self>, request: PrefetchRequest, fds: Vec<OwnedFd>) -> Result<PrefetchReply> {
+        let deadline =
+            request.deadline_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
+        let wanted =
+            self.wanted(request.source, fds, request.select, &request.device, request.priority).await?;
+        let name = wanted.name.clone();
+        let connection = (!request.detach).then_some(self.number);
+        let Claim { hold, job } = self.node.jobs.want(wanted, connection, deadline)?;
+        if request.pin {
+            self.node.residency.pin(hold.id(), self.tenant.uid)?;
+        }
+        let job = match job {
+            None => self.node.jobs.done(hold.id(), &name, self.tenant.uid),
+            Some((job, interest)) => {
+                let mut interests = self.interests.borrow_mut();
+                interests.retain(|_, interest| !interest.job().state().ended());
+                interests.insert(job.id, interest);
+                job
+            }
+        };
+        if request.notify {
+            let (connection, job) = (Rc::clone(self), Rc::clone(&job));
+            tokio::task::spawn_local(async move { connection.report(&job).await });
+        }
+        Ok(PrefetchReply { job: job.info() })
+    }
+
+    async fn wait(&self, request: &JobWaitRequest) -> Result<JobReply> {
+        let job = self.node.jobs.get(request.job, self.viewer())?;
+        let began = Instant::now();
+        let ended = async { if request.notify { self.report(&job).await } else { job.ended().await } };
+        match request.timeout_ms {
+            None => ended.await,
+            Some(ms) => drop(tokio::time::timeout(Duration::from_millis(ms), ended).await),
+        }
+        self.node.metrics.waited(began.elapsed());
+        Ok(JobReply { job: job.info() })
+    }
+
+    fn release(&self, request: &ReleaseRequest) -> Result<EmptyReply> {
+        let Some(hold) = self.leases.borrow_mut().remove(&request.lease) else {
+            let message = format!("this connection has no lease {}", request.lease);
+            return Err(Error::new(Code::LeaseNotFound, message));
+        };
+        drop(hold);
+        self.node.leases.set(self.node.leases.get() - 1);
+        self.node.metrics.leases.dec();
+        Ok(EmptyReply {})
+    }
+}

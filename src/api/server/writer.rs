@@ -1,0 +1,125 @@
+//! What goes out on one connection, in order.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+
+use crate::api::methods::{AttachReply, FileView, JobInfo, PartView, RegionView, TensorView};
+use crate::api::{scm, wire};
+use crate::error::Error;
+use crate::tier::residency::Content;
+
+/// One message to the client. It is turned into bytes only when its turn comes, so that a client that does not read
+/// costs little memory.
+#[derive(Debug)]
+pub(super) enum Outgoing {
+    /// A reply that is written already.
+    Line(Vec<u8>),
+    /// The reply to an attach.
+    Attached(wire::Id, Box<Attached>),
+    /// A notification.
+    Progress(Box<JobInfo>),
+    /// Nothing follows: the connection ends once everything before is written.
+    Close,
+}
+
+/// What the reply to an attach is made of.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) lease: u64,
+    pub(super) content: Arc<Content>,
+    pub(super) timings_ms: BTreeMap<String, f64>,
+}
+
+impl Attached {
+    fn reply(&self) -> AttachReply {
+        let Content { description, files, tensors, digest, parts, .. } = &*self.content;
+        let part = |(fd, part): (u32, &crate::sys::mem::Sealed)| PartView { fd, bytes: part.bytes() };
+        let region = RegionView {
+            device: "host".to_owned(),
+            bytes: self.content.bytes(),
+            pages: self.content.pages().to_owned(),
+            parts: (0..).zip(parts).map(part).collect(),
+        };
+        let tensors = tensors.iter().map(|placed| {
+            let tensor = &description.tensors[placed.tensor];
+            TensorView {
+                name: tensor.name.clone(),
+                dtype: tensor.dtype.as_str().to_owned(),
+                shape: placed.shape.clone(),
+                region: 0,
+                offset: placed.offset,
+                nbytes: placed.nbytes,
+            }
+        });
+        let whole = description.files.iter().zip(files);
+        let files = whole.filter_map(|(file, place)| {
+            let offset = (*place)?;
+            Some(FileView { name: file.name.clone(), region: 0, offset, nbytes: file.bytes })
+        });
+        AttachReply {
+            lease: self.lease,
+            digest: digest.clone(),
+            format: description.format.as_str().to_owned(),
+            regions: vec![region],
+            tensors: tensors.collect(),
+            files: files.collect(),
+            metadata: description.metadata.clone(),
+            timings_ms: self.timings_ms.clone(),
+        }
+    }
+}
+
+/// Writes what comes, until it is told to close, the client does not take it in time, or it is gone.
+pub(super) async fn write(
+    socket: &UnixStream,
+    mut queue: mpsc::Receiver<Outgoing>,
+    bytes_max: usize,
+    timeout: Duration,
+) -> io::Result<()> {
+    while let Some(message) = queue.recv().await {
+        match message {
+            Outgoing::Line(line) => send(socket, &line, None, timeout).await?,
+            Outgoing::Close => break,
+            Outgoing::Progress(job) => {
+                if let Ok(line) = wire::progress(&job, bytes_max) {
+                    send(socket, &line, None, timeout).await?;
+                }
+            }
+            Outgoing::Attached(id, attached) => match wire::reply(&id, &attached.reply(), bytes_max) {
+                Ok(line) => send(socket, &line, Some(&attached.content), timeout).await?,
+                Err(error) => {
+                    send(socket, &wire::error_reply(&id, &Error::from(error), ""), None, timeout).await?
+                }
+            },
+        }
+    }
+    Ok(())
+}
+
+/// Sends all of `line`; the descriptors of `content` go with its first byte. The timeout is for each step forward.
+async fn send(
+    socket: &UnixStream,
+    line: &[u8],
+    content: Option<&Content>,
+    timeout: Duration,
+) -> io::Result<()> {
+    let mut fds: Vec<_> = content.iter().flat_map(|content| content.parts.iter().map(AsFd::as_fd)).collect();
+    let mut sent = 0;
+    while sent < line.len() {
+        let step = socket.async_io(Interest::WRITABLE, || scm::send(socket, &line[sent..], &fds));
+        match tokio::time::timeout(timeout, step).await {
+            Ok(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(bytes) => sent += bytes?,
+            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+        }
+        fds.clear();
+    }
+    Ok(())
+}

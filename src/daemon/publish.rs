@@ -1,0 +1,117 @@
+//! Brings the state of the parts into the metrics, a few times a second. Counters that a hot loop keeps for itself are
+//! brought over as differences.
+
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::api::methods::JobState;
+use crate::node::Node;
+use crate::shard::{Path, Phase};
+use crate::telemetry::labels::{OpenJob, Source};
+use crate::telemetry::metrics::{DeviceMetrics, ReadMetrics, ShardMetrics};
+use crate::tier::residency::Eviction;
+
+/// How old a gauge may be.
+const INTERVAL: Duration = Duration::from_millis(250);
+
+/// Publishes as long as the daemon runs.
+pub(super) async fn run(node: Rc<Node>) {
+    let mut publisher = Publisher::new(&node);
+    let mut tick = tokio::time::interval(INTERVAL);
+    loop {
+        tick.tick().await;
+        publisher.publish(&node);
+    }
+}
+
+/// Handles of the metrics, and what was published before.
+struct Publisher {
+    reads: ReadMetrics,
+    host: DeviceMetrics,
+    shards: Vec<(ShardMetrics, Before)>,
+}
+
+#[derive(Default)]
+struct Before {
+    bytes: [u64; Path::ALL.len()],
+    nanos: [u64; Phase::ALL.len()],
+    leaked: u64,
+}
+
+/// What was added since `before`, which is brought up to date.
+fn since(before: &mut u64, now: u64) -> u64 {
+    now.saturating_sub(std::mem::replace(before, now))
+}
+
+impl Publisher {
+    fn new(node: &Node) -> Publisher {
+        let shards =
+            (0..node.shards.len() as u32).map(|index| (node.metrics.shard(index), Before::default()));
+        Publisher {
+            reads: node.metrics.reads(Source::File),
+            host: node.metrics.device("host"),
+            shards: shards.collect(),
+        }
+    }
+
+    fn publish(&mut self, node: &Node) {
+        self.publish_host(node);
+        self.publish_shards(node);
+        let open = |state| node.jobs.list(None).iter().filter(|job| job.state() == state).count() as i64;
+        node.metrics.jobs(OpenJob::Queued).set(open(JobState::Queued));
+        node.metrics.jobs(OpenJob::Running).set(open(JobState::Running));
+    }
+
+    fn publish_host(&self, node: &Node) {
+        let host = node.residency.host();
+        let account = host.account();
+        node.metrics.pool_bytes.set(account.pool as i64);
+        self.host.resident_bytes.set(account.regions as i64);
+        self.host.held_bytes.set(account.held as i64);
+        self.host.budget_bytes.set(host.budget() as i64);
+        let states = node.residency.list(None, |entry| entry.state_name());
+        let count = |name| states.iter().filter(|state| **state == name).count() as i64;
+        self.host.loading.set(count("loading"));
+        self.host.resident.set(count("resident"));
+        self.host.stale.set(count("stale"));
+        for eviction in node.residency.take_evictions() {
+            match eviction {
+                Eviction::Budget => self.host.evicted_for_budget.inc(),
+                Eviction::Request => self.host.evicted_by_request.inc(),
+                Eviction::Stale => self.host.evicted_stale.inc(),
+            };
+        }
+    }
+
+    fn publish_shards(&mut self, node: &Node) {
+        for (shard, (metrics, before)) in node.shards.iter().zip(&mut self.shards) {
+            let (stats, options) = (shard.stats(), shard.options());
+            metrics.queue_depth.set(stats.waiting.load(Ordering::Relaxed) as i64);
+            metrics.reads_in_flight.set(stats.in_flight.load(Ordering::Relaxed).into());
+            let slots = u64::from(stats.slots_used.load(Ordering::Relaxed));
+            metrics.slots_bytes.set((slots * options.block_bytes) as i64);
+            for (path, before) in Path::ALL.iter().zip(&mut before.bytes) {
+                let bytes = since(before, stats.bytes[*path as usize].load(Ordering::Relaxed));
+                match path {
+                    Path::Direct => self.reads.direct_bytes.inc_by(bytes),
+                    Path::Staged => self.reads.staged_bytes.inc_by(bytes),
+                    Path::Cached => self.reads.cached_bytes.inc_by(bytes),
+                    Path::Buffered => self.reads.buffered_bytes.inc_by(bytes),
+                };
+            }
+            for (phase, before) in Phase::ALL.iter().zip(&mut before.nanos) {
+                let nanos = since(before, stats.nanos[*phase as usize].load(Ordering::Relaxed));
+                let seconds = match phase {
+                    Phase::Submit => &metrics.submit_seconds,
+                    Phase::Wait => &metrics.wait_seconds,
+                    Phase::Checksum => &metrics.checksum_seconds,
+                    Phase::Copy => &metrics.copy_seconds,
+                };
+                seconds.inc_by(nanos as f64 / 1e9);
+            }
+            let leaked = since(&mut before.leaked, stats.leaked.load(Ordering::Relaxed));
+            node.metrics.staging_leaked_bytes.inc_by(leaked);
+        }
+    }
+}

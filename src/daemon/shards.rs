@@ -1,0 +1,60 @@
+//! How many shard threads there are, which drive belongs to which, and where each runs.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use crate::config::{DataPlane, PageCache};
+use crate::error::Result;
+use crate::shard::{Options, ReaderKind, Shard};
+use crate::topology::Topology;
+use crate::transfer::ShardOf;
+
+/// The data plane.
+pub(super) struct Plane {
+    pub(super) shards: Vec<Shard>,
+    /// Drives of each shard thread.
+    pub(super) devices: Vec<Vec<String>>,
+    pub(super) shard_of: Box<ShardOf>,
+}
+
+/// Starts one shard thread for each NVMe drive (or as many as are configured), near its drive.
+pub(super) fn start(config: &DataPlane, reader: ReaderKind, topology: Topology) -> Result<Plane> {
+    let nvme = topology.drives.iter().filter(|drive| drive.nvme_controller.is_some()).count();
+    let count = if config.shards == 0 { nvme.max(1) } else { config.shards as usize };
+    let mut drives: Vec<_> = topology.drives.iter().collect();
+    // NVMe drives first, so that each has a thread of its own before others share one.
+    drives.sort_by_key(|drive| (drive.nvme_controller.is_none(), drive.name.clone()));
+    let mut devices = vec![Vec::new(); count];
+    let mut numa_nodes = vec![None; count];
+    let mut places = HashMap::new();
+    for (number, drive) in drives.iter().enumerate() {
+        let shard = number % count;
+        devices[shard].push(drive.name.clone());
+        numa_nodes[shard] = numa_nodes[shard].or(drive.numa_node);
+        places.insert(drive.name.clone(), shard);
+    }
+    let mut shards = Vec::with_capacity(count);
+    for (index, node) in (0u32..).zip(&numa_nodes) {
+        let near = topology.cpus_near(*node);
+        // Pinning to all CPUs would say nothing.
+        let cpus = if config.pin && near.len() < topology.cpus_allowed.len() { near } else { Vec::new() };
+        shards.push(Shard::start(Options {
+            index,
+            reader,
+            block_bytes: config.block_bytes,
+            depth: config.depth,
+            slots: config.slots,
+            cpus,
+            page_cache: config.page_cache == PageCache::Auto,
+        })?);
+    }
+    let known = RefCell::new(HashMap::new());
+    let shard_of = move |major: u32, minor: u32| {
+        *known.borrow_mut().entry((major, minor)).or_insert_with(|| {
+            let drive = topology.drive_of(major, minor).and_then(|drive| places.get(&drive.name));
+            // A file system without a drive that we know, as a network one: spread by device number.
+            drive.copied().unwrap_or(minor as usize % count)
+        })
+    };
+    Ok(Plane { shards, devices, shard_of: Box::new(shard_of) })
+}

@@ -1,0 +1,3 @@
+//! Where bytes come from. Today: files of this node.
+
+pub mod file;
