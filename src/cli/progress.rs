@@ -14,9 +14,10 @@ pub(super) struct Progress {
 
 impl Progress {
     pub(super) fn new(output: Output) -> Progress {
+        // The whole line is one message, so that all its figures are of the same moment.
         let bar = output.shows_progress().then(|| {
-            let style = ProgressStyle::with_template("{prefix} [{bar:30}] {percent:>3} %  {msg}");
-            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            let style = ProgressStyle::with_template("{wide_msg}");
+            ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()))
         });
         Progress { bar }
     }
@@ -28,10 +29,8 @@ impl Progress {
 
     pub(super) fn update(&self, job: &JobInfo) {
         if let Some(bar) = &self.bar {
-            bar.set_prefix(printable(&job.artifact));
-            bar.set_length(job.total);
-            bar.set_position(job.bytes.min(job.total));
-            bar.set_message(describe(job));
+            let line = format!("{} {}  {}", gauge(job), describe(job), printable(&job.artifact));
+            bar.set_message(line.replace('\n', " "));
         }
     }
 }
@@ -42,6 +41,17 @@ impl Drop for Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// `[#######-------------]  36 %`.
+fn gauge(job: &JobInfo) -> String {
+    const CELLS: u128 = 20;
+    let part = |of: u128| {
+        let part = u128::from(job.bytes.min(job.total)) * of / u128::from(job.total.max(1));
+        usize::try_from(part).unwrap_or(0)
+    };
+    let filled = part(CELLS);
+    format!("[{}{}] {:>3} %", "#".repeat(filled), "-".repeat(CELLS as usize - filled), part(100))
 }
 
 /// `1.00 GiB of 2.00 GiB, 1.50 GiB/s, 0.5 s left, storage-bound`.
@@ -68,4 +78,24 @@ pub(super) fn succeeded(job: JobInfo) -> Result<JobInfo> {
         _ => return Ok(job),
     };
     Err(Error { message: format!("{}: {}", job.artifact, error.message), ..error })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::fake::job;
+
+    #[test]
+    fn a_job_reads_the_same_at_every_stage() {
+        let half = job(1, JobState::Running);
+        assert_eq!(gauge(&half), "[##########----------]  50 %");
+        assert_eq!(describe(&half), "512.00 MiB of 1.00 GiB, 953.67 MiB/s, 500.0 ms left, storage-bound");
+        let none = JobInfo { bytes: 0, total: 0, ..job(1, JobState::Queued) };
+        assert_eq!(
+            (gauge(&none), describe(&none)),
+            (format!("[{}]   0 %", "-".repeat(20)), "queued".to_owned())
+        );
+        let odd = JobInfo { bytes: u64::MAX, total: u64::MAX - 1, ..half };
+        assert_eq!(gauge(&odd), format!("[{}] 100 %", "#".repeat(20)));
+    }
 }

@@ -4,7 +4,9 @@ use serde_json::json;
 
 use super::output::Output;
 use crate::config::{Config, ServeArgs};
-use crate::error::{Code, Error, Result};
+use crate::daemon;
+use crate::error::Result;
+use crate::telemetry::logging;
 
 pub(super) fn run(args: &ServeArgs, output: Output) -> Result<()> {
     let config = Config::load(args)?;
@@ -12,5 +14,6 @@ pub(super) fn run(args: &ServeArgs, output: Output) -> Result<()> {
         let text = config.to_toml()?;
         return output.result(&json!(config), || text);
     }
-    Err(Error::new(Code::DaemonStart, "this build has no daemon"))
+    let log = logging::init(&config.log)?;
+    daemon::run(args, config, &log)
 }
