@@ -8,7 +8,7 @@ use lodestream::error::{Code, Error};
 use lodestream::{api, error};
 use serde_json::{Value, json};
 
-#[path = "../src/client/fake.rs"]
+#[path = "common/fake_daemon.rs"]
 #[allow(dead_code, reason = "shared with the tests of the Rust client")]
 mod fake;
 

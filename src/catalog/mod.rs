@@ -62,9 +62,10 @@ pub struct Tensor {
 }
 
 /// Elements of a shape; `None` if they are too many to count. A dimension of 0 does not hide an overflow of the
-/// others: the stock reader multiplies in order too, and a shape that fits nowhere is not a shape.
+/// others, so that the answer does not depend on the order of the dimensions.
 fn elements(shape: &[u64]) -> Option<u64> {
-    shape.iter().try_fold(1u64, |product, dimension| product.checked_mul(*dimension))
+    let product = shape.iter().try_fold(1u64, |product, size| product.checked_mul((*size).max(1)))?;
+    Some(if shape.contains(&0) { 0 } else { product })
 }
 
 /// Reads the headers of `files` and checks them, also against an index if the files came by one.

@@ -273,6 +273,7 @@ fn check_files(source: Option<&Source>, files: &[BorrowedFd<'_>]) -> Result<(), 
 }
 
 #[cfg(test)]
+#[path = "../../tests/common/fake_daemon.rs"]
 pub(crate) mod fake;
 #[cfg(test)]
 mod tests;

@@ -229,7 +229,8 @@ mod tests {
         let (_dir, path) = private_file();
         let before =
             (set_fs_uid(NO_ID), set_fs_gid(NO_ID), getgroups().unwrap(), capabilities(None).unwrap());
-        let _ = std::panic::catch_unwind(|| act_as(&nobody(), || panic!("in the closure")));
+        let member = Tenant { groups: vec![4711], ..nobody() };
+        let _ = std::panic::catch_unwind(|| act_as(&member, || panic!("in the closure")));
         let after = (set_fs_uid(NO_ID), set_fs_gid(NO_ID), getgroups().unwrap(), capabilities(None).unwrap());
         assert_eq!(before, after);
         assert!(std::fs::read(&path).is_ok());

@@ -82,7 +82,16 @@ pub fn huge_pages() -> (u64, u64) {
 }
 
 /// Sets the number of 2 MiB huge pages; the kernel may give fewer. Gives the number there is now.
+///
+/// The kernel gives up at the first page that it does not find at once. What it has freed and moved by then makes the
+/// next attempt get further, so this goes on as long as it does.
 pub fn set_huge_pages(count: u64) -> std::io::Result<u64> {
-    fs::write("/proc/sys/vm/nr_hugepages", count.to_string())?;
-    Ok(huge_pages().0)
+    loop {
+        let before = huge_pages().0;
+        fs::write("/proc/sys/vm/nr_hugepages", count.to_string())?;
+        let now = huge_pages().0;
+        if now == count || now <= before {
+            return Ok(now);
+        }
+    }
 }

@@ -23,11 +23,16 @@ pub fn check_tensors(tensors: &[Tensor], file_bytes: u64) {
         let end = tensor.offset.checked_add(tensor.nbytes).expect("an end that can be counted");
         assert!(end <= file_bytes, "past the end");
         // In wide numbers, and not by the library's own function.
-        let elements = tensor.shape.iter().try_fold(1u128, |product, size| product.checked_mul(u128::from(*size)));
+        let elements =
+            tensor.shape.iter().try_fold(1u128, |product, size| product.checked_mul(u128::from(*size)));
         let elements = elements.expect("elements that can be counted");
         let blocks = elements / u128::from(tensor.dtype.block_elements());
         assert_eq!(elements % u128::from(tensor.dtype.block_elements()), 0, "a torn block");
-        assert_eq!(blocks * u128::from(tensor.dtype.block_bytes()), u128::from(tensor.nbytes), "another size");
+        assert_eq!(
+            blocks * u128::from(tensor.dtype.block_bytes()),
+            u128::from(tensor.nbytes),
+            "another size"
+        );
         if tensor.nbytes > 0 {
             ranges.push((tensor.offset, end));
         }

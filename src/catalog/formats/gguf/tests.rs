@@ -166,6 +166,7 @@ fn each_fault_has_its_code() {
         ("long name", new().tensor(&"n".repeat(513), &[0], F32, 0), CatalogGgufStringTooLong),
         ("rank", new().tensor("a", &[1; 5], F32, 0).data(4), CatalogGgufBadShape),
         ("overflow", new().tensor("a", &[1 << 32, 1 << 32], F32, 0), CatalogGgufBadShape),
+        ("overflow beside 0", new().tensor("a", &[0, 1 << 32, 1 << 32], F32, 0), CatalogGgufBadShape),
         ("overflow of bytes", new().tensor("a", &[1 << 62], F32, 0), CatalogGgufBadShape),
         ("torn row", new().tensor("a", &[16, 2], Q4_0, 0).data(18), CatalogGgufBadShape),
         ("withdrawn type", new().tensor("a", &[32], 4, 0).data(32), CatalogGgufUnknownType),
