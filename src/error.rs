@@ -151,6 +151,7 @@ codes! {
     CatalogSafetensorsUnknownDtype = "catalog.safetensors.unknown_dtype", Data, false;
     CatalogSafetensorsUnknownField = "catalog.safetensors.unknown_field", Data, false;
     CatalogChecksumMismatch = "catalog.checksum_mismatch", Data, false;
+    CliUsage = "cli.usage", Usage, false;
     ClientConnect = "client.connect", Unavailable, true;
     ClientDisconnected = "client.disconnected", Unavailable, true;
     ClientProtocol = "client.protocol", Internal, false;

@@ -23,6 +23,8 @@
 pub mod api;
 pub mod catalog;
 pub mod checksum;
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod daemon;
 pub mod error;

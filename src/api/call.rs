@@ -96,7 +96,7 @@ calls! {
     JobCancel "job.cancel" JobRequest => JobReply;
     JobList "job.list" JobListRequest => JobListReply;
     NodeStatus "node.status" StatusRequest => StatusReply;
-    NodeTopology "node.topology" TopologyRequest => serde_json::Value;
+    NodeTopology "node.topology" TopologyRequest => crate::topology::Topology;
 }
 
 fn parse_params<'a, T: Deserialize<'a>>(

@@ -7,6 +7,7 @@
 pub mod copy;
 pub mod identity;
 pub mod lease;
+pub mod map;
 pub mod mem;
 pub mod page_cache;
 pub mod pages;

@@ -1,0 +1,69 @@
+//! `lodestream status`: what an operator asks first.
+
+use std::fmt::Write;
+
+use super::Context;
+use super::output::{bytes, milliseconds, printable};
+use crate::api::methods::{ShardStatus, StatusReply};
+use crate::error::Result;
+
+pub(super) fn run(context: &Context) -> Result<()> {
+    let status = context.connect()?.status()?;
+    context.output.result(&status, || text(&status))
+}
+
+fn text(status: &StatusReply) -> String {
+    let mut out = String::new();
+    let up = milliseconds(status.uptime_s as f64 * 1e3);
+    let host = &status.host;
+    let because =
+        |reason: &Option<String>| reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+    // Writing to a String cannot fail.
+    let _ = writeln!(out, "{} on {}: {}, up {up}", status.server, status.node, status.state);
+    let _ = writeln!(
+        out,
+        "clients   {} connections, {} leases, {} jobs",
+        status.connections, status.leases, status.jobs
+    );
+    let _ = writeln!(
+        out,
+        "host      {} resident, {} held by clients after eviction, {} of {} ready, {} staging, budget {}",
+        bytes(host.resident_bytes),
+        bytes(host.held_bytes),
+        bytes(host.pool_bytes),
+        bytes(host.pool_target_bytes),
+        bytes(host.staging_bytes),
+        bytes(host.budget_bytes),
+    );
+    let _ = writeln!(out, "pages     {}{}", host.pages, because(&host.pages_reason));
+    let _ = writeln!(out, "reader    {}{}", status.features.reader, because(&status.features.reader_reason));
+    for shard in &status.shards {
+        out.push_str(&shard_line(shard));
+    }
+    for preload in &status.preload {
+        let error = preload.error.as_ref().map(|error| format!(": {} [{}]", error.message, error.code));
+        let _ = writeln!(
+            out,
+            "preload   {} on {}: {:?}{}",
+            preload.source,
+            preload.device,
+            preload.state,
+            error.unwrap_or_default()
+        );
+    }
+    printable(&out)
+}
+
+fn shard_line(shard: &ShardStatus) -> String {
+    let cpus: Vec<String> = shard.cpus.iter().map(u32::to_string).collect();
+    let pinned = if cpus.is_empty() { "not pinned".to_owned() } else { format!("CPUs {}", cpus.join(",")) };
+    format!(
+        "shard {:<3} {}: {}, {} × {}, {} in flight, {pinned}\n",
+        shard.shard,
+        shard.reader,
+        if shard.devices.is_empty() { "any drive".to_owned() } else { shard.devices.join(", ") },
+        bytes(shard.block_bytes),
+        shard.depth,
+        shard.in_flight,
+    )
+}

@@ -1,0 +1,127 @@
+//! One request at a time over the socket: send, follow notifications, take the reply and its descriptors.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+
+use super::{ClientError, Progress, refusal};
+use crate::api::scm;
+use crate::api::wire::{self, FrameReader, Id, JOB_PROGRESS, Message};
+
+/// Longest line that is taken from a daemon: four times its default for replies.
+const REPLY_BYTES_MAX: usize = 256 << 20;
+
+/// Bytes of one receive: more than the table of a model of 300 tensors.
+const RECEIVE_BYTES: usize = 128 << 10;
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    stream: UnixStream,
+    frames: FrameReader,
+    /// Descriptors that came and that no reply has taken.
+    fds: Vec<OwnedFd>,
+    buffer: Box<[u8]>,
+    id: u64,
+    /// Set when the stream cannot be followed further.
+    broken: bool,
+}
+
+impl Connection {
+    pub(super) fn open(path: &Path) -> Result<Connection, ClientError> {
+        let stream = UnixStream::connect(path)
+            .map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+        Ok(Connection {
+            stream,
+            frames: FrameReader::new(REPLY_BYTES_MAX),
+            fds: Vec::new(),
+            buffer: vec![0; RECEIVE_BYTES].into_boxed_slice(),
+            id: 0,
+            broken: false,
+        })
+    }
+
+    /// Sends a request with descriptors, and gives its reply with the descriptors that came with it.
+    pub(super) fn call<R: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        params: &impl Serialize,
+        files: &[BorrowedFd<'_>],
+        progress: Progress<'_>,
+    ) -> Result<(R, Vec<OwnedFd>), ClientError> {
+        if self.broken {
+            return Err(ClientError::Disconnected("an earlier request failed".to_owned()));
+        }
+        self.id += 1;
+        let line = wire::request(self.id, method, params).map_err(protocol)?;
+        self.broken = true;
+        self.send(&line, files)?;
+        let outcome = self.receive(progress)?;
+        let fds = std::mem::take(&mut self.fds);
+        self.broken = false;
+        let result = outcome.map_err(refusal)?;
+        let reply = serde_json::from_str(result.get()).map_err(protocol)?;
+        Ok((reply, fds))
+    }
+
+    fn send(&self, mut line: &[u8], mut files: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        while !line.is_empty() {
+            match scm::send(&self.stream, line, files) {
+                Ok(sent) => {
+                    line = &line[sent..];
+                    files = &[];
+                }
+                // A daemon that refuses a line before its end answers why, then closes: read that.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                Err(error) => return Err(ClientError::Disconnected(error.to_string())),
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(
+        &mut self,
+        progress: Progress<'_>,
+    ) -> Result<Result<Box<RawValue>, wire::ErrorObject>, ClientError> {
+        loop {
+            match self.message()? {
+                // Id null: the daemon could not read the request's id. There is only one request.
+                Message::Reply { id: Id::Null, outcome: Err(error) } => return Ok(Err(error)),
+                Message::Reply { id, outcome } if id == Id::Number(self.id.into()) => return Ok(outcome),
+                Message::Reply { .. } => return Err(protocol("a reply to another request")),
+                Message::Notification { method, params: Some(params) } if method == JOB_PROGRESS => {
+                    progress(&serde_json::from_str(params.get()).map_err(protocol)?);
+                }
+                // A later version may notify of more.
+                Message::Notification { .. } => {}
+            }
+        }
+    }
+
+    fn message(&mut self) -> Result<Message, ClientError> {
+        loop {
+            if let Some(frame) = self.frames.next_frame().map_err(protocol)? {
+                return wire::parse_message(frame).map_err(protocol);
+            }
+            let received =
+                scm::recv(&self.stream, &mut self.buffer, &mut self.fds, scm::FDS_MAX).map_err(|error| {
+                    match scm::too_many_fds(&error) {
+                        Some(error) => protocol(error),
+                        None => ClientError::Disconnected(error.to_string()),
+                    }
+                })?;
+            if received == 0 {
+                return Err(ClientError::Disconnected("end of the stream".to_owned()));
+            }
+            self.frames.push(&self.buffer[..received]);
+        }
+    }
+}
+
+fn protocol(error: impl ToString) -> ClientError {
+    ClientError::Protocol(error.to_string())
+}
