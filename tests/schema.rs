@@ -2,6 +2,7 @@
 
 use lodestream::api::call::{Call, parse_call};
 use lodestream::api::schema::document;
+use lodestream::api::wire::parse_request;
 use serde_json::{Value, json};
 
 const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/schema/api.json");
@@ -72,5 +73,23 @@ fn the_schema_and_the_parser_agree_on_requests() {
         let by_schema = jsonschema::validator_for(&schema).unwrap().is_valid(&params);
         let text = serde_json::value::to_raw_value(&params).unwrap();
         assert_eq!(by_schema, parse_call(method, Some(&text)).is_ok(), "{method} {params}");
+    }
+}
+
+#[test]
+fn the_examples_of_the_documentation_are_requests_and_cover_every_method() {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/api.md")).unwrap();
+    let examples = page.lines().filter(|line| line.starts_with("ask '"));
+    let examples = examples.flat_map(|line| line.split('\'').filter(|text| text.starts_with('{')));
+    let called: Vec<&str> = examples
+        .map(|example| {
+            let request =
+                parse_request(example.as_bytes()).unwrap_or_else(|error| panic!("{example}: {error:?}"));
+            let call = parse_call(&request.method, request.params.as_deref());
+            call.unwrap_or_else(|error| panic!("{example}: {error}")).name()
+        })
+        .collect();
+    for method in Call::METHODS {
+        assert!(called.contains(method), "docs/api.md has no example of {method}");
     }
 }

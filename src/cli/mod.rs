@@ -38,7 +38,7 @@ Exit code: 0 done; 1 internal; 2 usage; 3 not found; 4 denied; 5 bad data; 6 lim
 
 /// Keeps models resident in the memory of a node and hands them to processes without a copy.
 #[derive(Debug, Parser)]
-#[command(name = "lodestream", version, after_help = AFTER_HELP, disable_help_subcommand = true)]
+#[command(name = "lodestream", version, after_help = AFTER_HELP)]
 struct Cli {
     /// Socket of the daemon [default: /run/lodestream/lodestream.sock]
     // A String: `serve` has a flag of the same name and type, to which this one is passed on.
