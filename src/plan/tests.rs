@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::catalog::Dtype;
 
 const BLOCK: u64 = 1 << 20;
 const PART: u64 = 2 << 20;
@@ -63,7 +64,7 @@ fn execute(layout: &Layout, files: &[u64]) -> (Vec<u8>, Plan) {
 fn tensor(file: u32, offset: u64, nbytes: u64, element_align: u64) -> Tensor {
     Tensor {
         name: format!("t{offset}"),
-        dtype: "U8",
+        dtype: Dtype::parse("U8").unwrap(),
         element_align,
         shape: vec![nbytes],
         file,

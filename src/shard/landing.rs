@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 /// Bytes of one trial. The first half of each is not timed: reads of the trial before are still under way.
-const TRIAL_BYTES: u64 = 64 << 20;
+const TRIAL_BYTES: u64 = 32 << 20;
 /// Trials of each way before one is chosen; they alternate, so that a disturbance does not hit one alone.
 const TRIALS: usize = 2;
 /// Bytes read the chosen way before both are tried again.

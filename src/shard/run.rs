@@ -216,7 +216,8 @@ impl<'a, R: Reader> Runner<'a, R> {
         let span = match (&step.target, landing) {
             (Target::Direct { part, offset }, Landing::InPlace) => {
                 let memory = batch.parts.get(*part as usize).map(|part| &part.memory);
-                let Some(span) = memory.and_then(|memory| memory.claim(*offset, u64::from(step.read_bytes))) else {
+                let Some(span) = memory.and_then(|memory| memory.claim(*offset, u64::from(step.read_bytes)))
+                else {
                     batch.progress.fail(Error::new(Code::Internal, "a read has no place in its region"));
                     return true;
                 };

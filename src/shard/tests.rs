@@ -11,8 +11,8 @@ use tokio::sync::mpsc;
 
 use super::reader::Reader;
 use super::*;
-use crate::catalog::Tensor;
 use crate::catalog::select::{Pick, Runs};
+use crate::catalog::{Dtype, Tensor};
 use crate::checksum::{self, CHUNK_BYTES};
 use crate::plan;
 use crate::sys::mem::Memory;
@@ -213,7 +213,7 @@ proptest! {
         let reader =
             Simulated { content: Arc::clone(&full), random: Random(seed), faults, queue: Vec::new(), depth: 4 };
         let tensor = Tensor {
-            name: "t".into(), dtype: "U8", element_align: 1, shape: vec![count, stride], file: 0, offset: head, nbytes: stride * count,
+            name: "t".into(), dtype: Dtype::parse("U8").unwrap(), element_align: 1, shape: vec![count, stride], file: 0, offset: head, nbytes: stride * count,
         };
         let pick = Pick {
             tensor: 0, shape: vec![count, row], runs: Runs { offset: head, bytes: row, stride, count },
