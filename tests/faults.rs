@@ -130,14 +130,13 @@ fn revoked_permission_holds_from_the_next_request_on() {
     let model = Model::uniform(&root.path().join("m"), 3, 2, 1 << 20);
     let daemon = Daemon::start(root.path());
     let source = json!({"source": model.path});
-    tenant::as_nobody(|| {
-        let mut connection = daemon.connect();
-        let attached = connection.attach(&source).unwrap();
-        set_mode(&model.path, 0o700);
-        assert_eq!(connection.code("artifact.attach", &source), "source.file.permission_denied");
-        // What was attached is attached: the memory is the client's.
-        model.assert_equal(&attached);
-    });
+    // Who a connection is was settled when it was made.
+    let mut connection = tenant::as_nobody(|| daemon.connect());
+    let attached = connection.attach(&source).unwrap();
+    set_mode(&model.path, 0o700);
+    assert_eq!(connection.code("artifact.attach", &source), "source.file.permission_denied");
+    // What was attached is attached: the memory is the client's.
+    model.assert_equal(&attached);
     model.assert_equal(&daemon.connect().attach(&source).unwrap());
 }
 

@@ -25,7 +25,7 @@ use crate::node::{Node, SERVER};
 use crate::shard::ReaderKind;
 use crate::source::file::Roots;
 use crate::sys::{identity, pages, uring};
-use crate::telemetry::http::{self, HttpLimits};
+use crate::telemetry::http::{self, Collector, HttpLimits};
 use crate::telemetry::logging::LogControl;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::{Readiness, State};
@@ -90,7 +90,8 @@ async fn serve(
     let listener = server::bind(&config.socket, config.socket_mode)?;
     let _unlink = Unlink(config.socket.clone());
     let (stop, stopped) = watch::channel(false);
-    let page = page(&config, &metrics, &readiness, stopped).await?;
+    let (collector, collections) = Collector::new();
+    let page = page(&config, collector, &metrics, &readiness, stopped).await?;
 
     let reserved = HugePages::reserve(&config);
     let choice = PageChoice::probe(&config.host)?;
@@ -156,7 +157,7 @@ async fn serve(
         move |time| metrics.pool_filled(time)
     };
     let keeping = tokio::task::spawn_local(Rc::clone(&host).keep(filled));
-    let publishing = tokio::task::spawn_local(publish::run(Rc::clone(&node)));
+    let publishing = tokio::task::spawn_local(publish::run(Rc::clone(&node), collections));
     let server = Server::new(Rc::clone(&node));
     let accepting = tokio::task::spawn_local(Rc::clone(&server).accept(listener));
     let mut preloading = tokio::task::spawn_local(preload::run(Rc::clone(&node)));
@@ -226,6 +227,7 @@ fn tell(states: &[NotifyState<'_>]) {
 /// Serves the metrics page, if it is configured.
 async fn page(
     config: &Config,
+    collector: Collector,
     metrics: &Arc<Metrics>,
     readiness: &Arc<Readiness>,
     mut stopped: watch::Receiver<bool>,
@@ -240,7 +242,7 @@ async fn page(
         exchange_timeout: Duration::from_millis(config.metrics_timeout_ms),
     };
     let shutdown = async move { drop(stopped.wait_for(|stop| *stop).await) };
-    let page = http::serve(listener, Arc::clone(metrics), Arc::clone(readiness), limits, shutdown);
+    let page = http::serve(listener, collector, Arc::clone(metrics), Arc::clone(readiness), limits, shutdown);
     Ok(Some(tokio::task::spawn_local(page)))
 }
 

@@ -1,27 +1,24 @@
-//! Brings the state of the parts into the metrics, a few times a second. Counters that a hot loop keeps for itself are
-//! brought over as differences.
+//! Brings the state of the parts into the metrics whenever the page is asked for. Counters that a hot loop keeps for
+//! itself are brought over as differences.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use crate::api::methods::JobState;
 use crate::node::Node;
 use crate::shard::{Path, Phase};
+use crate::telemetry::http::Collections;
 use crate::telemetry::labels::{OpenJob, Source};
 use crate::telemetry::metrics::{DeviceMetrics, ReadMetrics, ShardMetrics};
 use crate::tier::residency::Eviction;
 
-/// How old a gauge may be.
-const INTERVAL: Duration = Duration::from_millis(250);
-
-/// Publishes as long as the daemon runs.
-pub(super) async fn run(node: Rc<Node>) {
+/// Publishes as long as pages are served.
+pub(super) async fn run(node: Rc<Node>, mut collections: Collections) {
     let mut publisher = Publisher::new(&node);
-    let mut tick = tokio::time::interval(INTERVAL);
-    loop {
-        tick.tick().await;
+    while let Some(done) = collections.recv().await {
         publisher.publish(&node);
+        // The page may have run into its deadline meanwhile.
+        let _ = done.send(());
     }
 }
 

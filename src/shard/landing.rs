@@ -72,7 +72,7 @@ impl Choice {
                 self.trial += 1;
                 self.bytes = 0;
                 self.timed = None;
-                self.current = if self.trial % 2 == 0 { Landing::InPlace } else { Landing::Slot };
+                self.current = if self.trial.is_multiple_of(2) { Landing::InPlace } else { Landing::Slot };
                 if self.trial == 2 * TRIALS {
                     let [in_place, slot] = self.took;
                     let faster = in_place.as_secs_f64() > slot.as_secs_f64() * ADVANTAGE;
@@ -119,6 +119,6 @@ mod tests {
             now += Duration::from_micros(if choice.current() == Landing::InPlace { 300 } else { 900 });
             choice.arrived(1 << 20, now);
         }
-        assert!(tried[1] >= 2 * 2 * TRIAL_BYTES >> 20, "{tried:?}");
+        assert!(tried[1] >= (2 * 2 * TRIAL_BYTES) >> 20, "{tried:?}");
     }
 }

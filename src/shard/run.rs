@@ -114,6 +114,8 @@ pub(super) struct Runner<'a, R> {
     stats: Arc<Stats>,
     active: Vec<Option<Active>>,
     done: Vec<Done>,
+    /// Reads that have to go on, but found the queue full: they go first.
+    backlog: Vec<Read>,
     turn: usize,
     landing: Choice,
 }
@@ -128,6 +130,7 @@ impl<'a, R: Reader> Runner<'a, R> {
             stats,
             active: (0..BATCHES_MAX).map(|_| None).collect(),
             done: Vec::with_capacity(options.depth as usize),
+            backlog: Vec::with_capacity(options.depth as usize),
             turn: 0,
             landing: Choice::new(),
         }
@@ -154,6 +157,7 @@ impl<'a, R: Reader> Runner<'a, R> {
         }
         let leaked = self.reader.drain(DRAIN_TIMEOUT);
         self.stats.leaked.fetch_add(leaked, Ordering::Relaxed);
+        self.backlog.clear();
         self.end_batches();
     }
 
@@ -176,6 +180,11 @@ impl<'a, R: Reader> Runner<'a, R> {
 
     /// Starts reads while there is room.
     fn begin_reads(&mut self) {
+        while self.reader.room() > 0
+            && let Some(read) = self.backlog.pop()
+        {
+            self.hand_over(read);
+        }
         while self.reader.room() > 0 {
             let Some(at) = self.choose() else { return };
             if !self.begin_next(at) {
@@ -236,7 +245,7 @@ impl<'a, R: Reader> Runner<'a, R> {
 
     /// Hands a read to the reader.
     fn start(&mut self, purpose: Purpose, span: Span, arrived: u32) {
-        let Some(active) = &mut self.active[usize::from(purpose.active)] else { return };
+        let Some(active) = &self.active[usize::from(purpose.active)] else { return };
         let batch = &active.assignment.batch;
         let step = &batch.plan.moves[purpose.index as usize];
         let file = &batch.files[step.file as usize];
@@ -255,12 +264,12 @@ impl<'a, R: Reader> Runner<'a, R> {
             cached_only: purpose.way == Way::Cached,
             tag: purpose.pack(),
         };
+        self.hand_over(read);
+    }
+
+    fn hand_over(&mut self, read: Read) {
         if let Err(read) = self.reader.start(read) {
-            batch.progress.fail(Error::new(Code::Internal, "a read found no room on its shard thread"));
-            active.in_flight -= 1;
-            if purpose.landing == Landing::Slot {
-                self.slots.give(read.span);
-            }
+            self.backlog.push(read);
         }
     }
 

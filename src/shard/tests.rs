@@ -90,6 +90,9 @@ impl Reader for Simulated {
         self.queue.len()
     }
     fn start(&mut self, read: Read) -> Result<(), Read> {
+        if self.room() == 0 {
+            return Err(read);
+        }
         self.queue.push(read);
         Ok(())
     }
@@ -144,7 +147,7 @@ fn run_on(reader: impl Reader, batch: Arc<Batch>) -> Arc<Batch> {
     let options = options(ReaderKind::IoUring);
     let (letters, mailbox) = crossbeam_channel::bounded(4);
     let (home, mut back) = mpsc::channel(1);
-    let moves = vec![0..batch.plan.moves.len() as u32];
+    let moves = std::iter::once(0..batch.plan.moves.len() as u32).collect();
     letters.send(Assignment { batch, moves, priority: 0, home }).unwrap();
     drop(letters);
     let slots = staging::Pool::new(options.slots, options.block_bytes).unwrap();
@@ -255,7 +258,7 @@ fn real_readers_read_real_files() {
         let shard = Shard::start(options).unwrap();
         let (batch, _) = batch_of(full.len() as u64, None, vec![file]);
         let (home, mut back) = mpsc::channel(1);
-        let moves = vec![0..batch.plan.moves.len() as u32];
+        let moves = std::iter::once(0..batch.plan.moves.len() as u32).collect();
         assert!(shard.send(Assignment { batch, moves, priority: 0, home }).is_ok());
         let batch = back.blocking_recv().unwrap();
         assert_eq!(batch.progress.failure().map(|error| error.message.clone()), None);

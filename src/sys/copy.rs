@@ -13,7 +13,7 @@ pub fn streaming(source: &[u8], target: &mut [u8]) {
         // SAFETY: any bytes are valid as bytes and as vectors; `align_to_mut` splits where the alignment allows.
         let (head, lines, tail) = unsafe { target.align_to_mut::<Line>() };
         let (first, rest) = source.split_at(head.len());
-        let (middle, last) = rest.split_at(lines.len() * size_of::<Line>());
+        let (middle, last) = rest.split_at(size_of_val(lines));
         head.copy_from_slice(first);
         tail.copy_from_slice(last);
         if is_x86_feature_detected!("avx512f") {
@@ -61,9 +61,9 @@ mod x86 {
         for (line, bytes) in target.iter_mut().zip(source.chunks_exact(size_of::<Line>())) {
             for half in 0..2 {
                 // SAFETY: `bytes` has 64 bytes, of which this takes 32; the load needs no alignment.
-                let vector = unsafe { _mm256_loadu_si256(bytes.as_ptr().add(half * 32).cast()) };
+                let vector = unsafe { _mm256_loadu_si256(bytes.as_ptr().wrapping_add(half * 32).cast()) };
                 // SAFETY: a line has 64 bytes and is aligned to 64.
-                unsafe { _mm256_stream_si256(line.0.as_mut_ptr().add(half * 32).cast(), vector) };
+                unsafe { _mm256_stream_si256(line.0.as_mut_ptr().wrapping_add(half * 32).cast(), vector) };
             }
         }
         _mm_sfence();

@@ -17,6 +17,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use super::metrics::Metrics;
@@ -40,8 +41,32 @@ pub struct HttpLimits {
     pub exchange_timeout: Duration,
 }
 
+/// Has the parts of the daemon bring their gauges up to date before a page is written.
+#[derive(Debug, Clone)]
+pub struct Collector(mpsc::Sender<oneshot::Sender<()>>);
+
+/// The other end of a [`Collector`]: each request is answered once the gauges are up to date.
+pub type Collections = mpsc::Receiver<oneshot::Sender<()>>;
+
+impl Collector {
+    /// A collector and its other end.
+    pub fn new() -> (Collector, Collections) {
+        let (asks, collections) = mpsc::channel(1);
+        (Collector(asks), collections)
+    }
+
+    async fn collect(&self) {
+        let (done, collected) = oneshot::channel();
+        // While the daemon stops nobody answers: the page shows what was last known.
+        if self.0.send(done).await.is_ok() {
+            let _ = collected.await;
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Page {
+    collector: Collector,
     metrics: Arc<Metrics>,
     readiness: Arc<Readiness>,
 }
@@ -51,6 +76,7 @@ struct Page {
 /// Runs on a current-thread runtime, `tokio_uring::start` included.
 pub async fn serve(
     listener: TcpListener,
+    collector: Collector,
     metrics: Arc<Metrics>,
     readiness: Arc<Readiness>,
     limits: HttpLimits,
@@ -60,7 +86,7 @@ pub async fn serve(
         .route("/metrics", get(metrics_page))
         .route("/live", get(live))
         .route("/ready", get(ready))
-        .with_state(Page { metrics, readiness });
+        .with_state(Page { collector, metrics, readiness });
     let connections_max = usize::try_from(limits.connections_max).unwrap_or(usize::MAX);
     let mut exchanges = JoinSet::new();
     let mut shutdown = std::pin::pin!(shutdown);
@@ -101,6 +127,7 @@ async fn exchange(stream: TcpStream, router: Router) {
 }
 
 async fn metrics_page(Shared(page): Shared<Page>) -> impl IntoResponse {
+    page.collector.collect().await;
     ([(header::CONTENT_TYPE, OPENMETRICS)], page.metrics.encode())
 }
 
@@ -136,9 +163,10 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let readiness = Arc::new(Readiness::new());
         let (stop, stopped) = oneshot::channel::<()>();
-        let served = serve(listener, Arc::new(Metrics::new()), readiness.clone(), limits, async {
-            stopped.await.ok();
-        });
+        let served =
+            serve(listener, Collector::new().0, Arc::new(Metrics::new()), readiness.clone(), limits, async {
+                stopped.await.ok();
+            });
         Server { address, readiness, stop, task: tokio::spawn(served) }
     }
 

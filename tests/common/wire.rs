@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -42,7 +42,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub fn open(socket: &Path) -> std::io::Result<Connection> {
+    pub fn open(socket: &Path) -> io::Result<Connection> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(REPLY_SECONDS_MAX)))?;
         stream.set_write_timeout(Some(Duration::from_secs(REPLY_SECONDS_MAX)))?;
@@ -56,7 +56,7 @@ impl Connection {
     }
 
     /// Sends bytes as they are.
-    pub fn send_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    pub fn send_raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
     }
 
@@ -78,7 +78,11 @@ impl Connection {
             let first = [IoSlice::new(line.as_bytes())];
             sent = rustix::net::sendmsg(&self.stream, &first, &mut control, SendFlags::NOSIGNAL).unwrap();
         }
-        self.stream.write_all(&line.as_bytes()[sent..]).unwrap();
+        match self.stream.write_all(&line.as_bytes()[sent..]) {
+            // A daemon that has closed may have said why: the answer tells.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            written => written.unwrap(),
+        }
         self.next_id
     }
 

@@ -8,6 +8,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+mod node;
+pub use node::{HostStatus, PreloadStatus, ShardStatus, StatusReply, StatusRequest, TopologyRequest};
+
 /// The API versions that this build speaks, newest last.
 pub const VERSIONS: &[u32] = &[1];
 
@@ -498,98 +501,6 @@ pub struct JobInfo {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorData>,
 }
-
-/// `node.status`: what an operator asks first.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct StatusRequest {}
-
-/// Reply to `node.status`.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct StatusReply {
-    /// `lodestream 0.1.0`.
-    pub server: String,
-    /// The node's name.
-    pub node: String,
-    /// `starting`, `ready` or `draining`.
-    pub state: String,
-    /// Seconds since the start.
-    pub uptime_s: u64,
-    /// What works here.
-    pub features: Features,
-    /// The host tier.
-    pub host: HostStatus,
-    /// The data-plane threads.
-    pub shards: Vec<ShardStatus>,
-    /// Open connections.
-    pub connections: u32,
-    /// Leases held.
-    pub leases: u32,
-    /// Jobs that have not ended.
-    pub jobs: u32,
-    /// Preloads that the configuration names, and how each stands.
-    pub preload: Vec<PreloadStatus>,
-}
-
-/// The host tier.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct HostStatus {
-    /// Most that the tier may take: regions, the ready pool and what importers still hold.
-    pub budget_bytes: u64,
-    /// Bytes in regions that are resident or loading.
-    pub resident_bytes: u64,
-    /// Bytes of ready, zeroed memory.
-    pub pool_bytes: u64,
-    /// Bytes that the pool is filled up to when the budget allows.
-    pub pool_target_bytes: u64,
-    /// Bytes of evicted regions that some process still has mapped.
-    pub held_bytes: u64,
-    /// Bytes of pinned staging memory.
-    pub staging_bytes: u64,
-    /// Page kind of new regions: `hugetlb`, `thp` or `4k`.
-    pub pages: String,
-    /// Why a better page kind is not used, if it is not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pages_reason: Option<String>,
-}
-
-/// One data-plane thread.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct ShardStatus {
-    /// Number, from 0.
-    pub shard: u32,
-    /// `io_uring` or `preadv2`.
-    pub reader: String,
-    /// Block devices it serves.
-    pub devices: Vec<String>,
-    /// CPUs it may run on, if it is pinned.
-    pub cpus: Vec<u32>,
-    /// Bytes of one read.
-    pub block_bytes: u64,
-    /// Reads in flight at most.
-    pub depth: u32,
-    /// Reads in flight now.
-    pub in_flight: u32,
-}
-
-/// One entry of the preload list.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct PreloadStatus {
-    /// What.
-    pub source: String,
-    /// Where.
-    pub device: String,
-    /// State of its job.
-    pub state: JobState,
-    /// Why it failed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<ErrorData>,
-}
-
-/// `node.topology`: NUMA nodes, PCIe, drives, network cards and GPUs as found in sysfs.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct TopologyRequest {}
 
 /// `data` of an error reply.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
