@@ -279,7 +279,6 @@ impl<'a, R: Reader> Runner<'a, R> {
     /// ended reads only when the queue is empty, and the drive would stand idle.
     fn turn_over(&mut self, open: bool) -> io::Result<()> {
         self.begin_reads();
-        self.publish();
         let mut clock = Instant::now();
         self.reader.submit()?;
         if self.reader.in_flight() > 0 {
@@ -292,6 +291,7 @@ impl<'a, R: Reader> Runner<'a, R> {
         // Slots have come back.
         self.begin_reads();
         self.end_batches();
+        self.publish();
         let mut clock = Instant::now();
         let busy = self.reader.in_flight() > 0;
         let more = self.active.iter().flatten().any(|active| active.peek().is_some());

@@ -245,6 +245,18 @@ impl Residency {
         Some(id)
     }
 
+    /// The same for a source whose files are known to be others now: the entry is stale from now on.
+    pub fn find_outdated(
+        &self,
+        source: &str,
+        select: Option<&[Selector]>,
+        viewer: Viewer,
+    ) -> Option<EntryId> {
+        let id = self.find_source(source, select, viewer)?;
+        self.table.borrow_mut().entries.get_mut(&id)?.stale = true;
+        Some(id)
+    }
+
     /// The newest entry that was loaded from `source`, if `viewer` may see it.
     pub fn find_source(&self, source: &str, select: Option<&[Selector]>, viewer: Viewer) -> Option<EntryId> {
         let table = self.table.borrow();

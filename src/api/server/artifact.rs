@@ -160,7 +160,7 @@ impl Connection {
         residency.hold(entry.ok_or_else(crate::tier::residency::not_resident)?)
     }
 
-    /// The entry that a request names. If its files cannot be opened any more, by what they were loaded from.
+    /// The entry that a request names. If its files are others now, or gone, by what they were loaded from.
     pub(super) async fn find(&self, request: ArtifactRequest, fds: Vec<OwnedFd>) -> Result<EntryId> {
         check_device(&request.device)?;
         let residency = &self.node.residency;
@@ -172,10 +172,12 @@ impl Connection {
                     Source::Fds(_) => None,
                 };
                 match self.open(source, fds).await {
-                    Ok((files, _)) => {
+                    Ok((files, source)) => {
                         let key = transfer::key(&files, select);
                         let entry = residency.known(&key, self.tenant.uid);
-                        entry.ok_or_else(crate::tier::residency::not_resident)
+                        // Loaded from files that were there before.
+                        let old = || residency.find_outdated(&source, select, self.viewer());
+                        entry.or_else(old).ok_or_else(crate::tier::residency::not_resident)
                     }
                     Err(error) => {
                         let named = name.and_then(|name| residency.find_source(&name, select, self.viewer()));

@@ -13,6 +13,7 @@ use crate::api::methods::{
 };
 use crate::api::wire;
 use crate::error::{Code, Error, Result};
+use crate::tier::residency::not_resident;
 use crate::transfer::Claim;
 
 impl Connection {
@@ -41,6 +42,9 @@ impl Connection {
             }
             Call::ArtifactPin(request) => {
                 let entry = self.find(request, fds).await?;
+                if node.residency.with(entry, |entry| entry.stale)? {
+                    return Err(not_resident());
+                }
                 node.residency.pin(entry, self.tenant.uid)?;
                 self.reply(id, &self.described(entry)?)
             }
