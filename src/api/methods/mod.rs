@@ -484,7 +484,7 @@ pub struct JobInfo {
     /// `file`.
     pub source: String,
     /// Bytes by path, as observed: `direct` (read in place past the page cache), `staged` (by way of a slot),
-    /// `cached` (copied from the page cache).
+    /// `cached` (copied from the page cache), `buffered` (through the page cache, for want of O_DIRECT).
     pub path: BTreeMap<String, u64>,
     /// Estimated milliseconds to the end.
     #[serde(skip_serializing_if = "Option::is_none")]
