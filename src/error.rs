@@ -175,6 +175,7 @@ codes! {
     LeaseTooMany = "lease.too_many", Limit, false;
     SelectBadGlob = "select.bad_glob", Usage, false;
     SelectBadSlice = "select.bad_slice", Usage, false;
+    PlanTooManyReads = "plan.too_many_reads", Limit, false;
     SelectNoMatch = "select.no_match", NotFound, false;
     SelectTooMany = "select.too_many", Limit, false;
     SourceUriInvalid = "source.uri_invalid", Usage, false;

@@ -88,7 +88,7 @@ async fn serve(
     let mut reload = signals(SignalKind::hangup())?;
 
     let listener = server::bind(&config.socket, config.socket_mode)?;
-    let _unlink = Unlink(config.socket.clone());
+    let _unlink = Unlink::of(&config.socket);
     let (stop, stopped) = watch::channel(false);
     let (collector, collections) = Collector::new();
     let page = page(&config, collector, &metrics, &readiness, stopped).await?;
@@ -178,6 +178,7 @@ async fn serve(
             }
             _ = reload.recv() => {
                 if reconfigure(args, &node, log) {
+                    preloading.abort();
                     preloading = tokio::task::spawn_local(preload::run(Rc::clone(&node)));
                 }
             }
@@ -283,13 +284,32 @@ fn reconfigure(args: &ServeArgs, node: &Node, log: &LogControl) -> bool {
 }
 
 /// Removes the socket when the daemon stops.
-struct Unlink(std::path::PathBuf);
+///
+/// Only if it is still the one that was bound: while this daemon drains, the next one may have put its own there.
+struct Unlink {
+    path: std::path::PathBuf,
+    bound: Option<(u64, u64)>,
+}
+
+impl Unlink {
+    fn of(path: &std::path::Path) -> Unlink {
+        Unlink { path: path.to_owned(), bound: identity_of(path) }
+    }
+}
 
 impl Drop for Unlink {
     fn drop(&mut self) {
-        // Somebody may have removed it already.
-        let _ = std::fs::remove_file(&self.0);
+        if self.bound.is_some() && identity_of(&self.path) == self.bound {
+            // Somebody may have removed it since.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
+}
+
+/// Device and inode of what is at `path`.
+fn identity_of(path: &std::path::Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
 /// Huge pages that the daemon has had the kernel reserve.

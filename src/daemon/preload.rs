@@ -67,7 +67,8 @@ async fn load(node: &Rc<Node>, entry: &Preload) -> Result<()> {
     let tenant = Tenant { uid: node.own_uid, gid: rustix::process::getegid().as_raw(), groups: Vec::new() };
     let uid = tenant.uid;
     let files = transfer::blocking(move || roots.open_artifact(&uri, &tenant, &limits)).await?;
-    let name = Name { source: shown(&entry.source), device: entry.device.clone() };
+    let origin = Some(entry.source.strip_prefix("file://").unwrap_or(&entry.source).to_owned());
+    let name = Name { source: shown(&entry.source), origin, device: entry.device.clone() };
     let wanted = Wanted { files, name, select: None, priority: entry.priority, tenant: uid };
     let Claim { hold, job } = node.jobs.want(wanted, None, None)?;
     if entry.pin {

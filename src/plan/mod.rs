@@ -13,7 +13,7 @@ use crate::catalog::select::{Pick, Runs};
 use crate::checksum::CHUNK_BYTES;
 
 mod moves;
-pub use moves::{Copy, Move, Plan, Target, moves};
+pub use moves::{Copy, MOVES_MAX, Move, Plan, Target, moves};
 
 /// O_DIRECT's unit: offsets and lengths of reads are multiples of it, bytes.
 pub const BLOCK_ALIGN: u64 = 4096;

@@ -7,6 +7,9 @@ use crate::checksum::CHUNK_BYTES;
 /// about as much time as these bytes.
 pub(super) const GAP_BYTES_MAX: u64 = 16 << 10;
 
+/// Reads of one plan at most: 4 TiB in reads of 1 MiB. Slices with more rows than this are refused.
+pub const MOVES_MAX: usize = 4 << 20;
+
 /// The reads that fill a region.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Plan {
@@ -81,7 +84,8 @@ impl Move {
 
 /// Cuts `layout` into reads of at most `block_bytes` for a region whose parts have the given sizes in bytes.
 ///
-/// `files` are the sizes in bytes. `None` if the parts are too small or a count overflows.
+/// `files` are the sizes in bytes. `None` if the parts are too small, a count overflows, or there are more than
+/// [`MOVES_MAX`] reads.
 pub fn moves(layout: &Layout, files: &[u64], parts: &[u64], block_bytes: u64) -> Option<Plan> {
     let mut plan = Plan::default();
     for extent in &layout.extents {
@@ -97,6 +101,9 @@ pub fn moves(layout: &Layout, files: &[u64], parts: &[u64], block_bytes: u64) ->
 
 impl Plan {
     fn push(&mut self, file: u32, file_bytes: u64, offset: u64, read_end: u64, target: Target) -> Option<()> {
+        if self.moves.len() >= MOVES_MAX {
+            return None;
+        }
         let expect = read_end.min(file_bytes).checked_sub(offset)?;
         let new = Move {
             file,

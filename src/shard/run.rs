@@ -147,8 +147,10 @@ impl<'a, R: Reader> Runner<'a, R> {
                     Err(TryRecvError::Disconnected) => open = false,
                 }
             }
-            if let Err(error) = self.turn_over(open) {
-                self.fail_all(&error);
+            // Assignments wait in the mailbox until a place is free; their wake-up may be spent.
+            let may_wait = || open && letters.is_empty();
+            if let Err(error) = self.turn_over(may_wait) {
+                self.fail_all(&error, letters);
                 break;
             }
             if !open && self.active.iter().all(Option::is_none) {
@@ -158,6 +160,7 @@ impl<'a, R: Reader> Runner<'a, R> {
         let leaked = self.reader.drain(DRAIN_TIMEOUT);
         self.stats.leaked.fetch_add(leaked, Ordering::Relaxed);
         self.backlog.clear();
+        self.done.clear();
         self.end_batches();
     }
 
@@ -277,7 +280,8 @@ impl<'a, R: Reader> Runner<'a, R> {
     ///
     /// In this order, so that the drive has new reads while this thread computes checksums: some hypervisors tell of
     /// ended reads only when the queue is empty, and the drive would stand idle.
-    fn turn_over(&mut self, open: bool) -> io::Result<()> {
+    /// `may_wait`: whether to wait even if nothing is in flight, as no assignment waits in the mailbox.
+    fn turn_over(&mut self, may_wait: impl Fn() -> bool) -> io::Result<()> {
         self.begin_reads();
         let mut clock = Instant::now();
         self.reader.submit()?;
@@ -295,7 +299,7 @@ impl<'a, R: Reader> Runner<'a, R> {
         let mut clock = Instant::now();
         let busy = self.reader.in_flight() > 0;
         let more = self.active.iter().flatten().any(|active| active.peek().is_some());
-        let waited = if busy || !more && open { self.reader.wait(None, &mut done) } else { Ok(()) };
+        let waited = if busy || !more && may_wait() { self.reader.wait(None, &mut done) } else { Ok(()) };
         if busy {
             self.spent_all(Phase::Wait, &mut clock);
         } else {
@@ -457,11 +461,17 @@ impl<'a, R: Reader> Runner<'a, R> {
     }
 
     /// The ring itself is broken: nothing can be read any more.
-    fn fail_all(&mut self, error: &io::Error) {
+    fn fail_all(&mut self, error: &io::Error, letters: &Receiver<Assignment>) {
+        tracing::error!(shard = self.options.index, %error, "shard thread broken");
+        let message = format!("shard thread {} is broken: {error}", self.options.index);
+        let broken = Error::new(Code::SourceFileIo, message);
         for active in self.active.iter_mut().flatten() {
-            let message = format!("shard thread {} is broken: {error}", self.options.index);
-            active.assignment.batch.progress.fail(Error::new(Code::SourceFileIo, message));
+            active.assignment.batch.progress.fail(broken.clone());
             active.in_flight = 0;
+        }
+        for assignment in letters.try_iter() {
+            assignment.batch.progress.fail(broken.clone());
+            let _ = assignment.home.try_send(assignment.batch);
         }
     }
 }

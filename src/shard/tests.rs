@@ -290,3 +290,53 @@ fn a_changed_chunk_of_an_unchanged_file_is_refused_invariant_6() {
     let batch = run_on(reader, batch);
     assert_eq!(batch.progress.failure().map(|error| error.code), Some(Code::CatalogChecksumMismatch));
 }
+
+/// A reader whose ring is broken.
+struct Broken;
+
+impl Reader for Broken {
+    fn room(&self) -> usize {
+        4
+    }
+    fn in_flight(&self) -> usize {
+        0
+    }
+    fn start(&mut self, _read: Read) -> Result<(), Read> {
+        Ok(())
+    }
+    fn submit(&mut self) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENXIO))
+    }
+    fn wait(&mut self, _timeout: Option<Duration>, _done: &mut Vec<Done>) -> io::Result<()> {
+        Ok(())
+    }
+    fn drain(&mut self, _timeout: Duration) -> u64 {
+        0
+    }
+}
+
+#[test]
+fn a_broken_shard_fails_what_it_works_on_and_what_waits_invariant_6() {
+    let options = options(ReaderKind::IoUring);
+    let (letters, mailbox) = crossbeam_channel::bounded(200);
+    let (home, mut back) = mpsc::channel(100);
+    // More than a shard thread works on at a time: the rest waits in its mailbox.
+    for _ in 0..100 {
+        let file = BatchFile {
+            name: "model".into(),
+            file: any_file(),
+            direct: Some(any_file()),
+            bytes: 1 << 20,
+            expected: None,
+        };
+        let (batch, _) = batch_of(1 << 20, None, vec![file]);
+        let moves = std::iter::once(0..batch.plan.moves.len() as u32).collect();
+        letters.send(Assignment { batch, moves, priority: 0, home: home.clone() }).unwrap();
+    }
+    let slots = staging::Pool::new(options.slots, options.block_bytes).unwrap();
+    run::Runner::new(Broken, slots, &options, Arc::default()).run(&mailbox);
+    for _ in 0..100 {
+        let batch = back.try_recv().expect("every batch comes home");
+        assert_eq!(batch.progress.failure().map(|error| error.code), Some(Code::SourceFileIo));
+    }
+}

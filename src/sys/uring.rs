@@ -223,7 +223,16 @@ impl Ring {
             let poll = opcode::PollAdd::new(types::Fd(self.wake.as_raw_fd()), libc::POLLIN as u32).build();
             self.wake_armed = self.push(&poll.user_data(WAKE)).is_ok();
         }
-        retry(|| self.ring.submit()).map(drop)
+        match retry(|| self.ring.submit()) {
+            // Completions have to be taken first, or memory is short for a moment: `wait` tries again.
+            Err(error)
+                if self.in_flight() > 0
+                    && matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) =>
+            {
+                Ok(())
+            }
+            submitted => submitted.map(drop),
+        }
     }
 
     /// Waits until a read has ended, the ring was woken, or the time is over; appends what has ended to `done`.

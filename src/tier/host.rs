@@ -24,6 +24,9 @@ const SEGMENT_BYTES_MIN: u64 = 64 << 20;
 /// How often memory that importers still hold is looked at.
 const HELD_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How long the pool is left alone when it could not be filled.
+const FILL_PAUSE: Duration = Duration::from_secs(10);
+
 /// The page kinds that this node gives, best first, and why a better one is missing.
 #[derive(Debug, Clone)]
 pub struct PageChoice {
@@ -108,8 +111,10 @@ struct State {
     account: Account,
     pool: Vec<Memory>,
     held: Vec<Importers>,
-    /// Loads that are running: the pool is not filled meanwhile.
+    /// Loads that run or wait for memory: the pool is not filled meanwhile.
     loads: u32,
+    /// The pool could not be filled: it is not tried again before.
+    pause_until: Option<std::time::Instant>,
 }
 
 impl State {
@@ -176,6 +181,8 @@ pub struct Parts {
 pub enum Shortage {
     /// Memory is on its way back: ask again when [`Host::changed`] says so.
     Wait,
+    /// It would fit if importers let go of what they hold.
+    Held,
     /// Something has to be evicted.
     Evict,
 }
@@ -191,6 +198,7 @@ impl Host {
             pool: Vec::new(),
             held: Vec::new(),
             loads: 0,
+            pause_until: None,
         };
         let host = Rc::new(Host {
             choice,
@@ -256,8 +264,12 @@ impl Host {
         let fixed = state.account.total() - state.account.pool;
         if fixed + bytes > state.budget {
             let coming = state.account.freeing + state.account.filling;
-            let enough = fixed + bytes - coming <= state.budget;
-            return Err(if enough { Shortage::Wait } else { Shortage::Evict });
+            let missing = (fixed + bytes).saturating_sub(state.budget);
+            return Err(match () {
+                () if missing <= coming => Shortage::Wait,
+                () if missing <= coming + state.account.held => Shortage::Held,
+                () => Shortage::Evict,
+            });
         }
         let (mut have, mut segments) = (0, 0);
         for segment in state.pool.iter().rev().map(Memory::bytes) {
@@ -414,9 +426,9 @@ impl Host {
                         state.pool.push(memory);
                     }
                     Err(error) => {
-                        // The machine has no more: what there is has to do.
-                        state.pool_target = state.account.pool;
+                        // The machine has no more for now.
                         tracing::warn!(%error, pool_bytes = state.account.pool, "ready pool cannot be filled");
+                        state.pause_until = Some(std::time::Instant::now() + FILL_PAUSE);
                     }
                 }
                 drop(state);
@@ -431,7 +443,8 @@ impl Host {
         let segment = state.segment;
         let fits = state.account.total() + segment <= state.budget;
         let wanted = state.account.pool + segment <= state.pool_target;
-        (state.loads == 0 && fits && wanted).then(|| {
+        let paused = state.pause_until.is_some_and(|until| std::time::Instant::now() < until);
+        (state.loads == 0 && fits && wanted && !paused).then(|| {
             state.account.filling += segment;
             segment
         })
@@ -442,7 +455,8 @@ impl Host {
 fn assemble(choice: &PageChoice, bytes: u64, ready: Vec<Memory>) -> io::Result<Vec<(Memory, bool)>> {
     let mut parts = Vec::new();
     let mut missing = bytes;
-    for segment in ready {
+    // The last one is cut: the order in which they were counted.
+    for segment in ready.into_iter().rev() {
         let part = if segment.bytes() > missing { segment.shrink(missing)? } else { segment };
         missing -= part.bytes();
         parts.push((part, true));
@@ -451,4 +465,22 @@ fn assemble(choice: &PageChoice, bytes: u64, ready: Vec<Memory>) -> io::Result<V
         parts.push((choice.make(missing)?, false));
     }
     Ok(parts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_of_several_sizes_make_a_region_of_the_exact_size() {
+        let choice = PageChoice { kinds: vec![PageKind::Small], reason: None };
+        let segment = |pages: u64| Memory::new(pages * HUGE_PAGE_BYTES, PageKind::Small).unwrap();
+        // The last ones were counted first, until they were enough.
+        let parts = assemble(&choice, 5 * HUGE_PAGE_BYTES, vec![segment(8), segment(4)]).unwrap();
+        let sizes: Vec<u64> = parts.iter().map(|(part, _)| part.bytes() / HUGE_PAGE_BYTES).collect();
+        assert_eq!(sizes, [4, 1]);
+        let parts = assemble(&choice, 5 * HUGE_PAGE_BYTES, vec![segment(4)]).unwrap();
+        let ready: Vec<bool> = parts.iter().map(|(_, ready)| *ready).collect();
+        assert_eq!(ready, [true, false]);
+    }
 }

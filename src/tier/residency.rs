@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::host::{Grant, Host, Shortage};
 use crate::api::methods::Selector;
@@ -16,6 +16,11 @@ use crate::error::{Code, Error, Result};
 use crate::plan::Placed;
 use crate::source::file::Stamp;
 use crate::sys::mem::Sealed;
+
+/// How long a load waits for memory that importers hold before more is evicted for it.
+const HELD_PATIENCE: Duration = Duration::from_millis(500);
+/// How often it looks meanwhile.
+const HELD_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Number of an entry, unique while the daemon runs.
 pub type EntryId = u64;
@@ -99,6 +104,8 @@ pub struct Entry {
     pub key: Key,
     /// What it was loaded from, for people.
     pub source: String,
+    /// The path that it was loaded from, in full; `None` for descriptors, whose names say nothing.
+    pub origin: Option<String>,
     /// How it stands.
     pub state: State,
     /// Memory that it takes, bytes.
@@ -203,18 +210,15 @@ impl Residency {
 
     /// The entry for `key`, which `tenant` has just opened, or a new one that is loading (then `true`).
     ///
-    /// Entries from the same source with other files are stale from now on.
-    pub fn enter(self: &Rc<Self>, key: Key, source: &str, tenant: u32) -> (EntryId, bool) {
+    pub fn enter(&self, key: Key, source: &str, origin: Option<&str>, tenant: u32) -> (EntryId, bool) {
         let mut table = self.table.borrow_mut();
         if let Some(id) = table.by_key.get(&key).copied()
             && let Some(entry) = table.entries.get_mut(&id)
         {
             entry.tenants.insert(tenant);
+            // Its files have just been opened: they are what they were.
+            entry.stale = false;
             return (id, false);
-        }
-        let same = |entry: &&mut Entry| entry.source == source && entry.key.select == key.select;
-        for entry in table.entries.values_mut().filter(same) {
-            entry.stale = true;
         }
         table.next += 1;
         let id = table.next;
@@ -223,6 +227,7 @@ impl Residency {
             id,
             key,
             source: source.to_owned(),
+            origin: origin.map(str::to_owned),
             state: State::Loading,
             bytes: 0,
             leases: 0,
@@ -232,8 +237,6 @@ impl Residency {
             tenants: BTreeSet::from([tenant]),
         };
         table.entries.insert(id, entry);
-        drop(table);
-        self.sweep();
         (id, true)
     }
 
@@ -241,28 +244,19 @@ impl Residency {
     pub fn known(&self, key: &Key, tenant: u32) -> Option<EntryId> {
         let mut table = self.table.borrow_mut();
         let id = table.by_key.get(key).copied()?;
-        table.entries.get_mut(&id)?.tenants.insert(tenant);
+        let entry = table.entries.get_mut(&id)?;
+        entry.tenants.insert(tenant);
+        entry.stale = false;
         Some(id)
     }
 
-    /// The same for a source whose files are known to be others now: the entry is stale from now on.
-    pub fn find_outdated(
-        &self,
-        source: &str,
-        select: Option<&[Selector]>,
-        viewer: Viewer,
-    ) -> Option<EntryId> {
-        let id = self.find_source(source, select, viewer)?;
-        self.table.borrow_mut().entries.get_mut(&id)?.stale = true;
-        Some(id)
-    }
-
-    /// The newest entry that was loaded from `source`, if `viewer` may see it.
-    pub fn find_source(&self, source: &str, select: Option<&[Selector]>, viewer: Viewer) -> Option<EntryId> {
+    /// The newest entry that was loaded from the path `origin`, if `viewer` may see it.
+    pub fn find_origin(&self, origin: &str, select: Option<&[Selector]>, viewer: Viewer) -> Option<EntryId> {
         let table = self.table.borrow();
         let mut newest = table.entries.values().rev();
-        let same = |entry: &&Entry| entry.source == source && entry.key.select.as_deref() == select;
-        newest.find(|entry| same(entry) && entry.seen_by(viewer)).map(|entry| entry.id)
+        newest
+            .find(|entry| entry.came_from(Some(origin), select) && entry.seen_by(viewer))
+            .map(|entry| entry.id)
     }
 
     /// The entry with this digest and selection, if `viewer` may see it.
@@ -301,9 +295,16 @@ impl Residency {
         }
     }
 
-    /// A load has ended well.
+    /// A load has ended well. What was loaded from the same path before is stale from now on.
     pub fn fill(self: &Rc<Self>, id: EntryId, content: Content) {
         let mut table = self.table.borrow_mut();
+        let same = table.entries.get(&id).map(|entry| (entry.origin.clone(), entry.key.select.clone()));
+        if let Some((origin, select)) = same {
+            let before = table.entries.range_mut(..id).map(|(_, entry)| entry);
+            for old in before.filter(|old| old.came_from(origin.as_deref(), select.as_deref())) {
+                old.stale = true;
+            }
+        }
         if let Some(entry) = table.entries.get_mut(&id) {
             entry.bytes = content.bytes();
             entry.state = State::Resident(Arc::new(content));
@@ -311,6 +312,15 @@ impl Residency {
         }
         drop(table);
         self.sweep();
+    }
+
+    /// A load is being stopped: its entry is not found any more, and another may take its place.
+    pub fn disown(&self, id: EntryId) {
+        let mut table = self.table.borrow_mut();
+        let Some(key) = table.entries.get(&id).map(|entry| entry.key.clone()) else { return };
+        if table.by_key.get(&key) == Some(&id) {
+            table.by_key.remove(&key);
+        }
     }
 
     /// A load has failed: the entry is gone.
@@ -362,37 +372,39 @@ impl Residency {
 
     /// Sets memory aside for a new region of `bytes`; evicts and waits as needed. The budget is never exceeded.
     pub async fn reserve(&self, bytes: u64) -> Result<Grant> {
+        let began = Instant::now();
         loop {
-            if bytes <= self.host.budget() {
-                match self.host.grant(bytes) {
-                    Ok(grant) => return Ok(grant),
-                    Err(Shortage::Evict) if self.evict_oldest() => continue,
-                    Err(Shortage::Evict) if !self.memory_may_come() => {}
-                    Err(_) => {
-                        self.host.changed().await;
-                        continue;
-                    }
-                }
+            if bytes > self.host.budget() {
+                return Err(self.over_budget(bytes));
             }
-            return Err(self.over_budget(bytes));
+            match self.host.grant(bytes) {
+                Ok(grant) => return Ok(grant),
+                Err(Shortage::Wait) => self.host.changed().await,
+                // What was evicted or let go of a moment ago may still be mapped for another: by the daemon itself,
+                // or by a client that is ending.
+                Err(Shortage::Held) if began.elapsed() < HELD_PATIENCE => {
+                    self.sweep();
+                    let _ = tokio::time::timeout(HELD_INTERVAL, self.host.changed()).await;
+                }
+                Err(Shortage::Held | Shortage::Evict) if self.evict_oldest() => {}
+                Err(_) if self.memory_may_come() => self.host.changed().await,
+                Err(_) => return Err(self.over_budget(bytes)),
+            }
         }
     }
 
-    /// Whether memory is on its way back, or bound by a load that will end.
+    /// Whether a load that will end binds memory, or a reply that names an evicted region is still on its way.
     fn memory_may_come(&self) -> bool {
-        let account = self.host.account();
         let table = self.table.borrow();
         let mut loading = table.entries.values().filter(|entry| matches!(entry.state, State::Loading));
-        account.freeing + account.filling > 0 || loading.any(|entry| entry.bytes > 0)
+        loading.any(|entry| entry.bytes > 0) || !self.parting.borrow().is_empty()
     }
 
     fn over_budget(&self, bytes: u64) -> Error {
-        let (leased, pinned) = self.in_use();
         let message = format!(
-            "{bytes} bytes do not fit into the host budget of {}: {leased} are leased, {pinned} pinned and {} still \
-             mapped by clients; release or unpin some, select fewer tensors, or raise host.budget_bytes",
+            "{bytes} bytes do not fit into the host budget of {} beside what is leased, pinned or still mapped by clients; \
+             release or unpin some, select fewer tensors, or raise host.budget_bytes",
             self.host.budget(),
-            self.host.account().held,
         );
         Error::new(Code::TierHostOverBudget, message).kept("everything that was resident and in use")
     }
@@ -407,7 +419,7 @@ impl Residency {
     }
 
     /// Evicts what is stale and has no lease left.
-    fn sweep(&self) {
+    pub fn sweep(&self) {
         let mut table = self.table.borrow_mut();
         let stale = table.entries.values().filter(|entry| entry.stale && entry.idle()).map(|entry| entry.id);
         for id in stale.collect::<Vec<_>>() {
@@ -431,15 +443,6 @@ impl Residency {
     /// What was evicted since the last call, for the metrics.
     pub fn take_evictions(&self) -> Vec<Eviction> {
         std::mem::take(&mut self.table.borrow_mut().evictions)
-    }
-
-    /// Bytes that leases keep resident, and those that only pins do.
-    fn in_use(&self) -> (u64, u64) {
-        let table = self.table.borrow();
-        let sum = |wanted: fn(&Entry) -> bool| -> u64 {
-            table.entries.values().filter(|entry| wanted(entry)).map(|entry| entry.bytes).sum()
-        };
-        (sum(|entry| entry.leases > 0), sum(|entry| entry.leases == 0 && !entry.pins.is_empty()))
     }
 
     /// Evicts everything that has no lease, pinned or not: the daemon stops.
@@ -474,6 +477,10 @@ impl Table {
 impl Entry {
     fn idle(&self) -> bool {
         self.leases == 0 && matches!(self.state, State::Resident(_))
+    }
+
+    fn came_from(&self, origin: Option<&str>, select: Option<&[Selector]>) -> bool {
+        origin.is_some() && self.origin.as_deref() == origin && self.key.select.as_deref() == select
     }
 
     /// Whether `viewer` may know of it.

@@ -17,7 +17,7 @@ use crate::checksum::CHUNK_BYTES;
 use crate::config::Limits;
 use crate::error::{Code, Error, Result};
 use crate::plan::{self, Layout, Plan};
-use crate::shard::{Assignment, Batch, BatchFile, Part};
+use crate::shard::{Assignment, Batch, BatchFile, Part, Progress};
 use crate::source::file::OpenFile;
 use crate::sys::mem::{HUGE_PAGE_BYTES, Memory};
 use crate::telemetry::labels::EndedJob;
@@ -75,16 +75,26 @@ impl Jobs {
         let bytes = prepared.layout.bytes.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES);
         let bytes = bytes.ok_or_else(too_large)?;
         let host = self.residency.host();
+        host.load_begins();
+        let content = self.take_and_fill(job, prepared, bytes, wanted.priority).await;
+        host.load_ends();
+        content
+    }
+
+    async fn take_and_fill(
+        &self,
+        job: &Job,
+        prepared: Prepared,
+        bytes: u64,
+        priority: i32,
+    ) -> Result<Content> {
         let grant = tokio::select! {
             grant = self.residency.reserve(bytes) => grant?,
             reason = stop_reason(job) => return Err(reason),
         };
         self.residency.takes(job.entry, bytes);
-        let parts = host.make(grant).await?;
-        host.load_begins();
-        let content = self.fill(job, prepared, parts, wanted.priority).await;
-        host.load_ends();
-        content
+        let parts = self.residency.host().make(grant).await?;
+        self.fill(job, prepared, parts, priority).await
     }
 
     /// Moves the bytes, and seals the memory; or gives it back.
@@ -94,38 +104,60 @@ impl Jobs {
         let sizes: Vec<u64> = files.iter().map(|file| file.stamp.bytes).collect();
         let part_sizes: Vec<u64> = parts.parts.iter().map(|(memory, _)| memory.bytes()).collect();
         let block = self.config.borrow().data_plane.block_bytes;
-        let Some(plan) = plan::moves(&layout, &sizes, &part_sizes, block) else {
-            host.discard(parts.parts.into_iter().map(|(memory, _)| memory).collect());
-            return Err(too_large());
+        let (layout, plan) = match blocking(move || {
+            let plan = plan::moves(&layout, &sizes, &part_sizes, block).ok_or_else(too_many_reads)?;
+            Ok((layout, plan))
+        })
+        .await
+        {
+            Ok(planned) => planned,
+            Err(error) => {
+                host.discard(parts.parts.into_iter().map(|(memory, _)| memory).collect());
+                return Err(error);
+            }
         };
         job.begin(plan.bytes);
         let (outcome, memories, checks) =
             self.transfer(job, plan, &files, known.as_ref(), parts, priority).await;
+        let files = Arc::new(files);
         let outcome = match outcome {
-            Ok(()) => blocking(move || unchanged(&files).map(|()| files)).await,
+            Ok(()) => {
+                let files = Arc::clone(&files);
+                blocking(move || unchanged(&files)).await
+            }
             Err(error) => Err(error),
         };
-        let files = match outcome {
-            Ok(files) => files,
+        match outcome {
+            Ok(()) => {}
             Err(error) => {
                 host.discard(memories);
+                self.doubt(&error, &files).await;
                 return Err(error.kept("nothing of this load; its memory was given back"));
             }
         };
         let whole = layout.files.iter().all(Option::is_some);
         let digest = match (known, whole) {
             (Some(manifest), _) => Some(manifest.digest().to_owned()),
-            (None, true) => Some(self.remember(files, &description, &checks).await?),
+            (None, true) => self.remember(files, &description, &checks).await,
             (None, false) => None,
         };
         let mut sealed = Vec::with_capacity(memories.len());
         let mut retired = Vec::with_capacity(memories.len());
-        for memory in memories {
-            let (part, mapping) = memory.seal().map_err(|error| {
-                Error::new(Code::TierHostOutOfMemory, format!("a region cannot be sealed: {error}"))
-            })?;
-            sealed.push(part);
-            retired.push(mapping);
+        let mut memories = memories.into_iter();
+        while let Some(memory) = memories.next() {
+            match memory.seal() {
+                Ok((part, mapping)) => {
+                    sealed.push(part);
+                    retired.push(mapping);
+                }
+                Err(error) => {
+                    drop(retired);
+                    host.release(sealed);
+                    host.discard(memories.collect());
+                    let message = format!("a region cannot be sealed: {error}");
+                    return Err(Error::new(Code::TierHostOutOfMemory, message));
+                }
+            }
         }
         host.unmap_later(retired);
         Ok(Content {
@@ -160,8 +192,9 @@ impl Jobs {
             parts.parts.into_iter().map(|(memory, populated)| Part { memory: Arc::new(memory), populated });
         let batch = Batch::new(plan, batch_files.collect(), parts.collect(), Arc::clone(&job.progress));
         let batch = Arc::new(batch);
+        let total = batch.plan.bytes;
         let (home, mut back) = mpsc::channel(self.shards.len());
-        let ahead = Populating::begin(&batch);
+        let ahead = Populating::begin(&batch, &job.progress);
         for (shard, moves) in lanes.into_iter().enumerate().filter(|(_, moves)| !moves.is_empty()) {
             let assignment = Assignment { batch: Arc::clone(&batch), moves, priority, home: home.clone() };
             if self.shards[shard].send(assignment).is_err() {
@@ -176,6 +209,8 @@ impl Jobs {
                 got = back.recv() => if got.is_none() { break },
                 why = stop_reason(job), if reason.is_none() => {
                     job.progress.stop();
+                    // Whoever asks from now on gets a job of its own.
+                    self.residency.disown(job.entry);
                     reason = Some(why);
                 }
             }
@@ -184,6 +219,10 @@ impl Jobs {
         let outcome = match (reason, job.progress.failure()) {
             (Some(reason), _) => Err(reason),
             (None, Some(error)) => Err(error.clone()),
+            // Every byte must have been seen: a shard thread that ended early has reported nothing.
+            (None, None) if job.progress.bytes_total() != total => {
+                Err(Error::new(Code::Internal, "a shard thread ended before it had read everything"))
+            }
             (None, None) => Ok(()),
         };
         match recover(batch) {
@@ -215,32 +254,46 @@ impl Jobs {
     }
 
     /// Makes the manifest of files that were read whole, keeps it for the next run, and gives its digest.
+    ///
+    /// `None` if it would be too large; the artifact is then resident without a digest.
     async fn remember(
         &self,
-        files: Vec<OpenFile>,
+        files: Arc<Vec<OpenFile>>,
         description: &Description,
         checks: &[u64],
-    ) -> Result<String> {
+    ) -> Option<String> {
         let mut rest = checks;
         let mut sums = Vec::with_capacity(files.len());
-        for file in &files {
-            let (own, others) =
-                rest.split_at_checked(file.stamp.bytes.div_ceil(CHUNK_BYTES) as usize).ok_or_else(|| {
-                    Error::new(Code::Internal, "a plan for whole files has no checksum for each chunk")
-                })?;
+        for file in files.iter() {
+            let chunks = file.stamp.bytes.div_ceil(CHUNK_BYTES) as usize;
+            let (own, others) = rest.split_at_checked(chunks)?;
             sums.push(own.to_vec());
             rest = others;
         }
-        let manifest = Manifest::new(description.clone(), sums)
-            .map_err(|error| Error::new(Code::Internal, format!("the manifest cannot be made: {error}")))?;
-        let digest = manifest.digest().to_owned();
-        if let Some(store) = self.store.clone() {
-            let kept = tokio::task::spawn_blocking(move || store.put(&files, &manifest)).await;
-            if let Ok(Err(error)) = kept {
+        let (description, store) = (description.clone(), self.store.clone());
+        let made = blocking(move || {
+            let manifest = Manifest::new(description, sums).map_err(|error| {
+                Error::new(Code::Internal, format!("the manifest cannot be made: {error}"))
+            })?;
+            if let Some(store) = store
+                && let Err(error) = store.put(&files, &manifest)
+            {
                 tracing::warn!(%error, "a manifest was not kept for the next run");
             }
+            Ok(manifest.digest().to_owned())
+        });
+        made.await.inspect_err(|error| tracing::warn!(%error, "an artifact has no digest")).ok()
+    }
+
+    /// Bytes that differ from what was remembered: whichever is wrong, the next load starts without the memory of it.
+    async fn doubt(&self, error: &Error, files: &Arc<Vec<OpenFile>>) {
+        if error.code != Code::CatalogChecksumMismatch {
+            return;
         }
-        Ok(digest)
+        if let Some(store) = self.store.clone() {
+            let files = Arc::clone(files);
+            let _ = tokio::task::spawn_blocking(move || store.get(&files)).await;
+        }
     }
 }
 
@@ -280,6 +333,12 @@ fn too_large() -> Error {
     Error::new(Code::TierHostOverBudget, "the sizes in this artifact add up to more than can be addressed")
 }
 
+fn too_many_reads() -> Error {
+    let message =
+        format!("this takes more than {} reads: select fewer rows, or whole tensors", plan::MOVES_MAX);
+    Error::new(Code::PlanTooManyReads, message)
+}
+
 /// Gets the memory and the checksums out of a batch that every shard thread has given back.
 fn recover(batch: Arc<Batch>) -> Option<(Vec<Memory>, Box<[u64]>)> {
     let batch = Arc::into_inner(batch)?;
@@ -308,16 +367,21 @@ struct Populating {
 }
 
 impl Populating {
-    fn begin(batch: &Batch) -> Populating {
+    fn begin(batch: &Batch, progress: &Arc<Progress>) -> Populating {
         let enough = Arc::new(AtomicBool::new(false));
         let fresh = batch.parts.iter().filter(|part| !part.populated).map(|part| Arc::clone(&part.memory));
         let tasks = fresh.map(|memory| {
-            let enough = Arc::clone(&enough);
+            let (enough, progress) = (Arc::clone(&enough), Arc::clone(progress));
             tokio::task::spawn_blocking(move || {
                 for offset in (0..memory.bytes()).step_by(POPULATE_BYTES as usize) {
                     let bytes = POPULATE_BYTES.min(memory.bytes() - offset);
-                    // A refusal only means that the reads fault the pages in themselves.
-                    if enough.load(Ordering::Relaxed) || memory.populate(offset, bytes).is_err() {
+                    if enough.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    if let Err(error) = memory.populate(offset, bytes) {
+                        // A huge page that a limit withholds: touching it would end the process.
+                        let message = format!("the kernel withholds memory that it had promised: {error}");
+                        progress.fail(Error::new(Code::TierHostOutOfMemory, message));
                         return;
                     }
                 }

@@ -29,6 +29,8 @@ use crate::tier::residency::{EntryId, Hold, Key, Residency, Viewer};
 pub struct Name {
     /// Where it comes from.
     pub source: String,
+    /// The path in full; `None` for descriptors.
+    pub origin: Option<String>,
     /// `host`.
     pub device: String,
 }
@@ -125,7 +127,12 @@ impl Jobs {
         connection: Option<u64>,
         deadline: Option<Instant>,
     ) -> Result<Claim> {
-        let (entry, new) = self.residency.enter(wanted.key(), &wanted.name.source, wanted.tenant);
+        let (entry, new) = self.residency.enter(
+            wanted.key(),
+            &wanted.name.source,
+            wanted.name.origin.as_deref(),
+            wanted.tenant,
+        );
         let hold = self.residency.hold(entry)?;
         if !new && self.residency.with(entry, |entry| entry.state.is_resident())? {
             return Ok(Claim { hold, job: None });

@@ -49,8 +49,9 @@ impl Connection {
         priority: i32,
     ) -> Result<Wanted> {
         check_device(device)?;
+        let origin = origin(&source);
         let (files, source) = self.open(source, fds).await?;
-        let name = Name { source, device: device.to_owned() };
+        let name = Name { source, origin, device: device.to_owned() };
         Ok(Wanted { files, name, select, priority, tenant: self.tenant.uid })
     }
 
@@ -167,22 +168,16 @@ impl Connection {
         let select = request.select.as_deref();
         match (request.source, request.digest) {
             (Some(source), None) => {
-                let name = match &source {
-                    Source::Uri(uri) => Some(shown(uri)),
-                    Source::Fds(_) => None,
-                };
+                let origin = origin(&source);
+                // Loaded from files that were there before.
+                let old = || residency.find_origin(origin.as_deref()?, select, self.viewer());
                 match self.open(source, fds).await {
-                    Ok((files, source)) => {
+                    Ok((files, _)) => {
                         let key = transfer::key(&files, select);
                         let entry = residency.known(&key, self.tenant.uid);
-                        // Loaded from files that were there before.
-                        let old = || residency.find_outdated(&source, select, self.viewer());
                         entry.or_else(old).ok_or_else(crate::tier::residency::not_resident)
                     }
-                    Err(error) => {
-                        let named = name.and_then(|name| residency.find_source(&name, select, self.viewer()));
-                        named.ok_or(error)
-                    }
+                    Err(error) => old().ok_or(error),
                 }
             }
             (None, Some(digest)) => residency.find_digest(&digest, select, self.viewer()),
@@ -213,6 +208,14 @@ pub(super) fn info(entry: &Entry) -> ArtifactInfo {
         pinned: !entry.pins.is_empty(),
         pages: content.map_or("", |content| content.pages()).to_owned(),
         idle_ms: entry.used.elapsed().as_millis() as u64,
+    }
+}
+
+/// The path that a source names, in full.
+fn origin(source: &Source) -> Option<String> {
+    match source {
+        Source::Uri(uri) => Some(uri.strip_prefix("file://").unwrap_or(uri).to_owned()),
+        Source::Fds(_) => None,
     }
 }
 
