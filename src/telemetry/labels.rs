@@ -75,8 +75,6 @@ label! {
         Connections = "connections_max",
         /// `limits.connections_per_tenant_max` is reached.
         ConnectionsPerTenant = "connections_per_tenant_max",
-        /// The daemon is draining.
-        Draining = "draining",
         /// The peer's identity could not be found out.
         Identity = "identity",
     }

@@ -20,7 +20,7 @@ use crate::plan::{self, Layout, Plan};
 use crate::shard::{Assignment, Batch, BatchFile, Part, Progress};
 use crate::source::file::OpenFile;
 use crate::sys::mem::{HUGE_PAGE_BYTES, Memory};
-use crate::telemetry::labels::EndedJob;
+use crate::telemetry::labels::{EndedJob, Source};
 use crate::tier::host::Parts;
 use crate::tier::residency::Content;
 
@@ -48,6 +48,9 @@ impl Jobs {
             Err(error) => {
                 self.residency.forget(job.entry);
                 self.metrics.error(error.code);
+                if error.code == Code::SourceFileIo {
+                    self.metrics.reads(Source::File).errors.inc();
+                }
                 Err(error)
             }
         };
