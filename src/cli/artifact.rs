@@ -16,7 +16,7 @@ pub(super) struct Args {
     #[arg(value_name = "SOURCE", required = true)]
     sources: Vec<String>,
 
-    /// Where it is resident: host, gpu:GPU-<uuid> or gpu:<index>
+    /// Where it is resident: `host`, `gpu:GPU-<uuid>` or `gpu:<index>`
     #[arg(long, value_name = "DEVICE", default_value = "host")]
     device: String,
 

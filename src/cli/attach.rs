@@ -18,7 +18,7 @@ pub(super) struct Args {
     /// Path, URI or digest
     source: String,
 
-    /// Where it is or will be resident: host, gpu:GPU-<uuid> or gpu:<index>
+    /// Where it is or will be resident: `host`, `gpu:GPU-<uuid>` or `gpu:<index>`
     #[arg(long, value_name = "DEVICE", default_value = "host")]
     device: String,
 

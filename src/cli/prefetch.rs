@@ -14,7 +14,7 @@ pub(super) struct Args {
     #[arg(value_name = "SOURCE", required = true)]
     sources: Vec<String>,
 
-    /// Where to: host, gpu:GPU-<uuid> or gpu:<index>
+    /// Where to: `host`, `gpu:GPU-<uuid>` or `gpu:<index>`
     #[arg(long, value_name = "DEVICE", default_value = "host")]
     device: String,
 

@@ -1,7 +1,7 @@
 //! Pure planning: from what is wanted of an artifact to where it lies in a region, and to the reads that fill it.
 //!
 //! No I/O, no clock, no randomness. Two steps: [`layout`] decides where each byte will lie, before any memory is
-//! taken; [`moves`] cuts that into reads once the parts of the region are known.
+//! taken; [`moves()`] cuts that into reads once the parts of the region are known.
 //!
 //! A read lands *directly* in its final place where file offset and region offset agree modulo 4 KiB, as O_DIRECT
 //! demands. So whole files and contiguous pieces are placed to agree, at the price of a few unused bytes around
