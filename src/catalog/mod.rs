@@ -10,6 +10,7 @@ pub mod select;
 pub mod store;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::AsFd;
 
 pub use dtype::Dtype;
 pub use formats::Format;
@@ -18,6 +19,7 @@ use crate::config::Limits;
 use crate::error::{Code, Result};
 use crate::json::shown;
 use crate::source::file::OpenFile;
+use crate::sys::page_cache;
 
 /// What the headers of an artifact's files say.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,7 +86,13 @@ pub fn describe(files: &[OpenFile], limits: &Limits) -> Result<Description> {
     };
     for (number, file) in (0u32..).zip(files) {
         let room = limits.tensors_max.saturating_sub(description.tensors.len() as u64);
-        let (format, header) = formats::read(file, room, limits)?;
+        let before = page_cache::cached_pages(file.file.as_fd(), 0, file.stamp.bytes);
+        let read = formats::read(file, room, limits);
+        if before == 0 {
+            // Headers are read through the page cache, which is left as it was.
+            page_cache::drop_pages(file.file.as_fd(), 0, file.stamp.bytes);
+        }
+        let (format, header) = read?;
         if description.tensors.is_empty() && !header.tensors.is_empty() {
             description.format = format;
         }

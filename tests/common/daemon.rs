@@ -29,13 +29,21 @@ pub struct Options {
     socket: Option<PathBuf>,
     nobody: bool,
     io_uring_refused: bool,
+    notify: Option<PathBuf>,
 }
 
 impl Options {
     /// Flags that every test wants: a small budget and no ready pool; later ones add to them.
     pub fn new(root: &Path) -> Options {
         let flags = ["--root", root.to_str().unwrap(), "--log-format", "json"].map(str::to_owned).to_vec();
-        let options = Options { flags, config: None, socket: None, nobody: false, io_uring_refused: false };
+        let options = Options {
+            flags,
+            config: None,
+            socket: None,
+            nobody: false,
+            io_uring_refused: false,
+            notify: None,
+        };
         options.flags(&["--ready-pool", "0"])
     }
 
@@ -46,6 +54,14 @@ impl Options {
 
     pub fn budget(self, budget: &str) -> Options {
         self.flags(&["--host-budget", budget])
+    }
+
+    /// A ready pool, where tests have none.
+    #[allow(dead_code, reason = "not every test file needs it")]
+    pub fn pool(mut self, pool: &str) -> Options {
+        let at = self.flags.iter().position(|flag| flag == "--ready-pool").unwrap();
+        pool.clone_into(&mut self.flags[at + 1]);
+        self
     }
 
     /// A configuration file with these lines of TOML.
@@ -63,6 +79,13 @@ impl Options {
     /// The daemon runs as `nobody`. Needs root.
     pub fn nobody(mut self) -> Options {
         self.nobody = true;
+        self
+    }
+
+    /// Where systemd would want to be told of readiness.
+    #[allow(dead_code, reason = "not every test file needs it")]
+    pub fn notify(mut self, socket: &Path) -> Options {
+        self.notify = Some(socket.to_owned());
         self
     }
 
@@ -109,6 +132,9 @@ impl Options {
             let path = directory.path().join("config.toml");
             fs::write(&path, config).unwrap();
             command.arg("--config").arg(path);
+        }
+        if let Some(socket) = &self.notify {
+            command.env("NOTIFY_SOCKET", socket);
         }
         if self.nobody {
             command.uid(NOBODY).gid(NOBODY);
@@ -193,6 +219,13 @@ impl Daemon {
     pub fn terminate(&mut self) -> ExitStatus {
         rustix::process::pidfd_send_signal(&self.pidfd, Signal::TERM).unwrap();
         self.ended()
+    }
+
+    /// Changes the configuration file and has it read again.
+    #[allow(dead_code, reason = "not every test file needs it")]
+    pub fn reload(&self, toml: &str) {
+        fs::write(self.directory.path().join("config.toml"), toml).unwrap();
+        rustix::process::pidfd_send_signal(&self.pidfd, Signal::HUP).unwrap();
     }
 
     /// What it wrote so far.
