@@ -222,12 +222,13 @@ impl Connection {
                     let method = Method::from_name(call.name());
                     let answer = connection.answer(call, sent, &id).await;
                     connection.node.metrics.request(method, answer.as_ref().err().map(|e| e.code), began.elapsed());
-                    connection.in_flight.set(connection.in_flight.get() - 1);
                     let message = answer.unwrap_or_else(|error| {
                         tracing::info!(request = name, method = request.method, code = %error.code, %error, "refused");
                         Outgoing::Line(wire::error_reply(&id, &error, &name))
                     });
                     connection.say(message).await;
+                    // Not before it is queued: a client that does not read must run into the limit.
+                    connection.in_flight.set(connection.in_flight.get() - 1);
                 });
             }
             Err(error) => {

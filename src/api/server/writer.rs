@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -14,6 +14,9 @@ use crate::api::methods::{AttachReply, FileView, JobInfo, PartView, RegionView, 
 use crate::api::{scm, wire};
 use crate::error::Error;
 use crate::tier::residency::Content;
+
+/// A message may take the timeout once for each of these that it has begun.
+const PACE_BYTES: usize = 1 << 20;
 
 /// One message to the client. It is turned into bytes only when its turn comes, so that a client that does not read
 /// costs little memory.
@@ -103,7 +106,8 @@ pub(super) async fn write(
     Ok(())
 }
 
-/// Sends all of `line`; the descriptors of `content` go with its first byte. The timeout is for each step forward.
+/// Sends all of `line`; the descriptors of `content` go with its first byte. The timeout is for each step forward,
+/// and for each [`PACE_BYTES`] of the whole, so that a client which takes a byte now and then holds no memory for ever.
 async fn send(
     socket: &UnixStream,
     line: &[u8],
@@ -111,10 +115,12 @@ async fn send(
     timeout: Duration,
 ) -> io::Result<()> {
     let mut fds: Vec<_> = content.iter().flat_map(|content| content.parts.iter().map(AsFd::as_fd)).collect();
+    let paces = u32::try_from(line.len() / PACE_BYTES + 1).unwrap_or(u32::MAX);
+    let deadline = Instant::now() + timeout.saturating_mul(paces);
     let mut sent = 0;
     while sent < line.len() {
         let step = socket.async_io(Interest::WRITABLE, || scm::send(socket, &line[sent..], &fds));
-        match tokio::time::timeout(timeout, step).await {
+        match tokio::time::timeout_at(deadline.min(Instant::now() + timeout).into(), step).await {
             Ok(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(bytes) => sent += bytes?,
             Err(_) => return Err(io::ErrorKind::TimedOut.into()),
