@@ -19,7 +19,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
 use crate::tier::residency::Residency;
 use crate::topology::Topology;
-use crate::transfer::Jobs;
+use crate::transfer::{HeaderGate, Jobs};
 
 /// Name and version, as replies give it.
 pub const SERVER: &str = concat!("lodestream ", env!("CARGO_PKG_VERSION"));
@@ -32,6 +32,8 @@ pub struct Node {
     pub residency: Rc<Residency>,
     /// What is being made resident.
     pub jobs: Rc<Jobs>,
+    /// Whoever reads headers goes through it.
+    pub headers: Rc<HeaderGate>,
     /// The data-plane threads.
     pub shards: Rc<Vec<Shard>>,
     /// Manifests of earlier runs.

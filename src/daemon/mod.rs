@@ -32,7 +32,7 @@ use crate::telemetry::readiness::{Readiness, State};
 use crate::tier::host::{Host, PageChoice};
 use crate::tier::residency::Residency;
 use crate::topology::Topology;
-use crate::transfer::Jobs;
+use crate::transfer::{HeaderGate, Jobs};
 
 /// Manifests that are remembered from one run to the next.
 const MANIFESTS_MAX: usize = 1024;
@@ -137,6 +137,7 @@ async fn serve(
         roots,
         residency,
         jobs,
+        headers: Rc::new(HeaderGate::default()),
         shards,
         store,
         metrics: Arc::clone(&metrics),

@@ -3,6 +3,7 @@
 //! A job is driven on the control thread and moves its bytes on shard threads. Whatever way it ends, its memory is
 //! either resident or given back (invariants 2 and 11): it waits for every read in flight before it lets go.
 
+mod gate;
 mod job;
 mod load;
 
@@ -12,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use gate::{Entered, HeaderGate};
 pub use job::{Interest, Job, JobId};
 pub use load::blocking;
 
