@@ -58,8 +58,6 @@ pub(super) async fn serve(
 ) {
     let limits = node.config().limits.clone();
     let (out, queue) = mpsc::channel(limits.requests_in_flight_max as usize + 1);
-    let timeout = Duration::from_millis(limits.write_timeout_ms);
-    let reply_bytes_max = limits.reply_bytes_max as usize;
     tracing::debug!(connection = number, tenant = %tenant, "connected");
     let connection = Rc::new(Connection {
         node: Rc::clone(node),
@@ -73,7 +71,7 @@ pub(super) async fn serve(
         out,
     });
     let mut tasks = JoinSet::new();
-    let mut writing = std::pin::pin!(writer::write(&socket, queue, reply_bytes_max, timeout));
+    let mut writing = Box::pin(writer::write(&connection, &socket, queue));
     tokio::select! {
         ended = &mut writing => {
             if ended.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
@@ -84,8 +82,9 @@ pub(super) async fn serve(
         () = connection.read(&socket, &mut tasks) => {}
         _ = closing.wait_for(|closing| *closing) => {}
     }
-    // Requests first, then what they held.
+    // Requests first, then the replies that name memory, then what keeps that memory.
     tasks.shutdown().await;
+    drop(writing);
     connection.interests.borrow_mut().clear();
     let leases = std::mem::take(&mut *connection.leases.borrow_mut());
     node.leases.set(node.leases.get() - leases.len() as u32);
@@ -99,6 +98,16 @@ impl Connection {
     pub(super) fn viewer(&self) -> Viewer {
         let own = self.node.own_uid;
         (self.tenant.uid != own && self.tenant.uid != 0).then_some(self.tenant.uid)
+    }
+
+    /// Ends a lease. `false`: this connection has no such lease.
+    pub(super) fn end_lease(&self, lease: u64) -> bool {
+        let hold = self.leases.borrow_mut().remove(&lease);
+        if hold.is_some() {
+            self.node.leases.set(self.node.leases.get() - 1);
+            self.node.metrics.leases.dec();
+        }
+        hold.is_some()
     }
 
     /// Reads requests until the client closes, breaks a limit, or is told to go.

@@ -10,11 +10,15 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
+use super::connection::Connection;
 use crate::api::methods::{AttachReply, FileView, JobInfo, PartView, RegionView, TensorView};
 use crate::api::{scm, wire};
-use crate::error::Error;
+use crate::error::Result;
 use crate::tier::residency::Content;
+use crate::transfer;
 
+/// Replies that name more tensors are written off the control thread, which others wait for.
+const TENSORS_AT_ONCE_MAX: usize = 4096;
 /// A message may take the timeout once for each of these that it has begun.
 const PACE_BYTES: usize = 1 << 20;
 
@@ -41,6 +45,17 @@ pub(super) struct Attached {
 }
 
 impl Attached {
+    /// The reply as bytes. A large one is written off the control thread; the content stays here, so that its memory
+    /// is free at once when the connection ends meanwhile.
+    async fn line(&self, id: &wire::Id, bytes_max: usize) -> Result<Vec<u8>> {
+        let reply = self.reply();
+        if reply.tensors.len() <= TENSORS_AT_ONCE_MAX {
+            return Ok(wire::reply(id, &reply, bytes_max)?);
+        }
+        let id = id.clone();
+        transfer::blocking(move || Ok(wire::reply(&id, &reply, bytes_max)?)).await
+    }
+
     fn reply(&self) -> AttachReply {
         let Content { description, files, tensors, digest, parts, .. } = &*self.content;
         let part = |(fd, part): (u32, &crate::sys::mem::Sealed)| PartView { fd, bytes: part.bytes() };
@@ -81,11 +96,12 @@ impl Attached {
 
 /// Writes what comes, until it is told to close, the client does not take it in time, or it is gone.
 pub(super) async fn write(
+    connection: &Connection,
     socket: &UnixStream,
     mut queue: mpsc::Receiver<Outgoing>,
-    bytes_max: usize,
-    timeout: Duration,
 ) -> io::Result<()> {
+    let bytes_max = connection.limits.reply_bytes_max as usize;
+    let timeout = Duration::from_millis(connection.limits.write_timeout_ms);
     while let Some(message) = queue.recv().await {
         match message {
             Outgoing::Line(line) => send(socket, &line, None, timeout).await?,
@@ -95,10 +111,15 @@ pub(super) async fn write(
                     send(socket, &line, None, timeout).await?;
                 }
             }
-            Outgoing::Attached(id, attached) => match wire::reply(&id, &attached.reply(), bytes_max) {
+            Outgoing::Attached(id, attached) => match attached.line(&id, bytes_max).await {
                 Ok(line) => send(socket, &line, Some(&attached.content), timeout).await?,
                 Err(error) => {
-                    send(socket, &wire::error_reply(&id, &Error::from(error), ""), None, timeout).await?
+                    // The client never learns of this lease.
+                    let lease = attached.lease;
+                    drop(attached);
+                    connection.end_lease(lease);
+                    connection.node.metrics.error(error.code);
+                    send(socket, &wire::error_reply(&id, &error, ""), None, timeout).await?
                 }
             },
         }
