@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -88,6 +88,11 @@ impl Connection {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             written => written.unwrap(),
         }
+    }
+
+    /// Takes at most this many bytes of what came, whatever they are.
+    pub fn take(&mut self, bytes: usize) -> io::Result<usize> {
+        self.stream.read(&mut vec![0; bytes])
     }
 
     /// The next line; nothing if the daemon has closed the connection.
