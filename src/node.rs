@@ -12,14 +12,15 @@ use crate::api::methods::{
 };
 use crate::catalog::store::Store;
 use crate::config::{self, Config};
+use crate::error::Result;
 use crate::shard::Shard;
 use crate::source::file::Roots;
 use crate::sys::identity::Tenant;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
-use crate::tier::residency::Residency;
+use crate::tier::residency::{Residency, Viewer};
 use crate::topology::Topology;
-use crate::transfer::Jobs;
+use crate::transfer::{self, HeaderGate, Jobs};
 
 /// Name and version, as replies give it.
 pub const SERVER: &str = concat!("lodestream ", env!("CARGO_PKG_VERSION"));
@@ -32,6 +33,8 @@ pub struct Node {
     pub residency: Rc<Residency>,
     /// What is being made resident.
     pub jobs: Rc<Jobs>,
+    /// Whoever reads headers goes through it.
+    pub headers: Rc<HeaderGate>,
     /// The data-plane threads.
     pub shards: Rc<Vec<Shard>>,
     /// Manifests of earlier runs.
@@ -97,8 +100,8 @@ impl Node {
         }
     }
 
-    /// The reply to `node.status`.
-    pub fn status(&self) -> StatusReply {
+    /// The reply to `node.status`. The preload list names paths, so it is for those who may look at everyone.
+    pub fn status(&self, viewer: Viewer) -> StatusReply {
         let host = self.residency.host();
         let account = host.account();
         let options = self.shards.iter().map(Shard::options);
@@ -133,12 +136,12 @@ impl Node {
             connections: self.connections.get(),
             leases: self.leases.get(),
             jobs: self.jobs.open() as u32,
-            preload: self.preload.borrow().clone(),
+            preload: if viewer.is_none() { self.preload.borrow().clone() } else { Vec::new() },
         }
     }
 
     /// The reply to `node.topology`, read anew.
-    pub fn topology(&self) -> Topology {
-        Topology::read(Path::new("/"))
+    pub async fn topology(&self) -> Result<Topology> {
+        transfer::blocking(|| Ok(Topology::read(Path::new("/")))).await
     }
 }

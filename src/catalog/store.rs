@@ -66,6 +66,17 @@ impl Store {
         None
     }
 
+    /// Removes what is remembered of `files`, if anything is.
+    pub fn forget(&self, files: &[OpenFile]) {
+        match fs::remove_file(self.path(&key(files))) {
+            Ok(()) => {
+                tracing::warn!("a remembered manifest is removed: what it says differs from what was read")
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(%error, "a remembered manifest cannot be removed"),
+        }
+    }
+
     /// Remembers `manifest` for `files` as their stamps say. On return it has reached the disk; the oldest entries
     /// beyond the limit are gone.
     ///

@@ -32,8 +32,10 @@ use crate::telemetry::readiness::{Readiness, State};
 use crate::tier::host::{Host, PageChoice};
 use crate::tier::residency::Residency;
 use crate::topology::Topology;
-use crate::transfer::Jobs;
+use crate::transfer::{HeaderGate, Jobs};
 
+/// Below so many open descriptors an ordinary number of artifacts and clients may not fit.
+const DESCRIPTORS_MIN: u64 = 4096;
 /// Manifests that are remembered from one run to the next.
 const MANIFESTS_MAX: usize = 1024;
 /// How long the way down waits for memory to be free again.
@@ -41,6 +43,7 @@ const FREE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs the daemon until SIGTERM or SIGINT.
 pub fn run(args: &ServeArgs, config: Config, log: &LogControl) -> Result<()> {
+    raise_descriptors();
     let (reader, reason) = choose_reader(config.data_plane.reader)?;
     let body = serve(args, config, log, reader, reason);
     match reader {
@@ -55,6 +58,24 @@ pub fn run(args: &ServeArgs, config: Config, log: &LogControl) -> Result<()> {
 
 fn start_failed(what: String) -> Error {
     Error::new(Code::DaemonStart, what)
+}
+
+/// Takes as many descriptors as the system allows: each resident part and each open file of a job is one.
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
+        tracing::warn!(%error, "the limit on open descriptors stays");
+    }
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    if most < DESCRIPTORS_MIN {
+        tracing::warn!(
+            most,
+            wanted = DESCRIPTORS_MIN,
+            "few open descriptors are allowed (LimitNOFILE, ulimit -n)"
+        );
+    }
 }
 
 /// Finds out by trying whether io_uring may be used.
@@ -125,11 +146,13 @@ async fn serve(
     let topology = Topology::read(std::path::Path::new("/"));
     let plane = shards::start(&config.data_plane, reader, topology)?;
     let shards = Rc::new(plane.shards);
+    let headers = Rc::new(HeaderGate::default());
     let jobs = Jobs::new(
         Rc::clone(&residency),
         Rc::clone(&shards),
         plane.shard_of,
         store.clone(),
+        Rc::clone(&headers),
         Arc::clone(&metrics),
         Rc::clone(&config),
     );
@@ -137,6 +160,7 @@ async fn serve(
         roots,
         residency,
         jobs,
+        headers,
         shards,
         store,
         metrics: Arc::clone(&metrics),

@@ -21,8 +21,11 @@ impl Pool {
             .checked_mul(slot_bytes)
             .and_then(|bytes| bytes.checked_next_multiple_of(HUGE_PAGE_BYTES))
             .ok_or(io::ErrorKind::InvalidInput)?;
-        let memory = Memory::new(bytes, PageKind::Hugetlb).or_else(|_| Memory::new(bytes, PageKind::Thp))?;
-        memory.populate(0, bytes)?;
+        let populated = |pages| {
+            let memory = Memory::new(bytes, pages)?;
+            memory.populate(0, bytes).map(|()| memory)
+        };
+        let memory = populated(PageKind::Hugetlb).or_else(|_| populated(PageKind::Thp))?;
         let memory = Arc::new(memory);
         let idle: Option<Vec<Span>> =
             (0..u64::from(slots)).map(|slot| memory.claim(slot * slot_bytes, slot_bytes)).collect();

@@ -67,7 +67,7 @@ impl Memory {
         }
         let fd = rustix::fs::memfd_create("lodestream", flags)?;
         rustix::fs::ftruncate(&fd, bytes)?;
-        let mapping = Mapping::writable(&fd, length)?;
+        let mapping = Mapping::writable(&fd, length, pages)?;
         if pages == PageKind::Thp {
             // SAFETY: advice on a range that `mapping` owns; it changes no content.
             unsafe { rustix::mm::madvise(mapping.address.as_ptr().cast(), length, Advice::LinuxHugepage) }?;
@@ -133,15 +133,27 @@ impl Memory {
     ///
     /// Upholds invariant 8. After this no process can map it writable, write to it or change its length, also
     /// not by re-opening the descriptor. No span may be left: the caller hands over the last reference.
-    pub fn seal(self) -> io::Result<(Sealed, Retired)> {
+    ///
+    /// # Errors
+    /// With the memory, which was not shared.
+    pub fn seal(self) -> Result<(Sealed, Retired), Box<(Memory, io::Error)>> {
+        match self.shareable() {
+            Ok(readable) => {
+                let sealed = Sealed { readable, bytes: self.bytes(), pages: self.pages };
+                Ok((sealed, Retired { _memory: self }))
+            }
+            Err(error) => Err(Box::new((self, error))),
+        }
+    }
+
+    /// Seals, and opens the read-only description that is shared.
+    fn shareable(&self) -> io::Result<OwnedFd> {
         use rustix::fs::{Mode, OFlags};
         // FUTURE_WRITE and not WRITE: our own writable mapping is still there and is retired by the caller later.
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&self.fd, seals)?;
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.fd));
-        let readable = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let bytes = self.bytes();
-        Ok((Sealed { readable, bytes, pages: self.pages }, Retired { _memory: self }))
+        Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
     }
 
     /// Gives the tail from `bytes` on back to the kernel. `bytes` is a positive multiple of [`HUGE_PAGE_BYTES`].
@@ -171,7 +183,16 @@ impl Memory {
 
 impl Mapping {
     /// Maps `fd` whole, writable and shared, at an address that is a multiple of [`HUGE_PAGE_BYTES`].
-    fn writable(fd: &OwnedFd, bytes: usize) -> io::Result<Mapping> {
+    fn writable(fd: &OwnedFd, bytes: usize, pages: PageKind) -> io::Result<Mapping> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        if pages == PageKind::Hugetlb {
+            // The kernel aligns it by itself.
+            // SAFETY: a new mapping at an address of the kernel's choice; nothing else is there.
+            let mapped =
+                unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, access, MapFlags::SHARED, fd, 0) }?;
+            let address = NonNull::new(mapped.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+            return Ok(Mapping { address, bytes });
+        }
         let slack = HUGE_PAGE_BYTES as usize;
         let reserve = bytes.checked_add(slack).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a new reservation at an address of the kernel's choice; nothing else is there.
@@ -184,29 +205,19 @@ impl Mapping {
             )
         }?;
         let head = (slack - reserved as usize % slack) % slack;
-        let unmap = |start: *mut u8, length: usize| {
-            // SAFETY: only ever called on pieces of the reservation made above that are not handed out.
-            length == 0 || unsafe { rustix::mm::munmap(start.cast(), length) }.is_ok()
-        };
         let base = reserved.cast::<u8>();
         let aligned = base.wrapping_add(head);
-        // SAFETY: MAP_FIXED replaces a piece of our own reservation, and nothing else.
-        let mapped = unsafe {
-            rustix::mm::mmap(
-                aligned.cast(),
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::FIXED,
-                fd,
-                0,
-            )
-        };
-        if let Err(error) = mapped {
-            unmap(base, reserve);
-            return Err(error.into());
+        for (start, length) in [(base, head), (aligned.wrapping_add(bytes), slack - head)] {
+            if length > 0 {
+                // SAFETY: the ends of our own reservation, which nothing uses.
+                unsafe { rustix::mm::munmap(start.cast(), length) }?;
+            }
         }
-        unmap(base, head);
-        unmap(aligned.wrapping_add(bytes), slack - head);
+        // SAFETY: MAP_FIXED replaces the rest of our own reservation, and nothing else. If it fails, the range is left
+        // alone for good: the kernel may have unmapped it already, and another thread may have mapped something there.
+        unsafe {
+            rustix::mm::mmap(aligned.cast(), bytes, access, MapFlags::SHARED | MapFlags::FIXED, fd, 0)
+        }?;
         let address = NonNull::new(aligned).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Mapping { address, bytes })
     }
@@ -353,7 +364,7 @@ mod tests {
         let again = rustix::fs::open(path, OFlags::RDWR, Mode::empty()).unwrap();
         assert!(rustix::io::pwrite(&again, b"x", 0).is_err());
         assert!(rustix::fs::ftruncate(&again, 0).is_err());
-        assert!(Mapping::writable(&again, HUGE_PAGE_BYTES as usize).is_err());
+        assert!(Mapping::writable(&again, HUGE_PAGE_BYTES as usize, PageKind::Small).is_err());
         let mut head = [0; 4];
         rustix::io::pread(&sealed, &mut head, 0).unwrap();
         assert_eq!(&head, b"lode");

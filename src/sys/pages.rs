@@ -42,14 +42,13 @@ impl fmt::Display for PageKind {
 pub fn probe(kind: PageKind) -> Result<(), String> {
     match kind {
         PageKind::Small => Ok(()),
-        PageKind::Hugetlb => Memory::new(HUGE_PAGE_BYTES, kind).map(drop).map_err(|error| {
+        PageKind::Hugetlb => one_page(kind).map(drop).map_err(|error| {
             format!(
                 "no free 2 MiB huge page ({error}): reserve some (vm.nr_hugepages) or allow the daemon to"
             )
         }),
         PageKind::Thp => {
-            let memory = Memory::new(HUGE_PAGE_BYTES, kind).map_err(|error| error.to_string())?;
-            memory.populate(0, HUGE_PAGE_BYTES).map_err(|error| error.to_string())?;
+            let memory = one_page(kind).map_err(|error| error.to_string())?;
             if mapped_huge(&memory) {
                 return Ok(());
             }
@@ -61,6 +60,13 @@ pub fn probe(kind: PageKind) -> Result<(), String> {
             ))
         }
     }
+}
+
+/// One page, touched: a limit on huge pages shows only then.
+fn one_page(kind: PageKind) -> std::io::Result<Memory> {
+    let memory = Memory::new(HUGE_PAGE_BYTES, kind)?;
+    memory.populate(0, HUGE_PAGE_BYTES)?;
+    Ok(memory)
 }
 
 /// Whether the kernel mapped `memory` with huge pages: `ShmemPmdMapped` of its line in smaps.

@@ -73,8 +73,12 @@ impl Jobs {
     async fn load(&self, job: &Job, wanted: Wanted) -> Result<Content> {
         let limits = self.config.borrow().limits.clone();
         let (store, select) = (self.store.clone(), wanted.select.clone());
-        let prepared = blocking(move || prepare(wanted.files, select.as_deref(), store.as_deref(), &limits));
-        let prepared = prepared.await?;
+        let entered = self.headers.enter().await;
+        let prepared = blocking(move || {
+            Ok((prepare(wanted.files, select.as_deref(), store.as_deref(), &limits)?, entered))
+        });
+        let (prepared, entered) = prepared.await?;
+        drop(entered);
         let bytes = prepared.layout.bytes.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES);
         let bytes = bytes.ok_or_else(too_large)?;
         let host = self.residency.host();
@@ -153,10 +157,11 @@ impl Jobs {
                     sealed.push(part);
                     retired.push(mapping);
                 }
-                Err(error) => {
+                Err(failed) => {
+                    let (memory, error) = *failed;
                     drop(retired);
                     host.release(sealed);
-                    host.discard(memories.collect());
+                    host.discard(std::iter::once(memory).chain(memories).collect());
                     let message = format!("a region cannot be sealed: {error}");
                     return Err(Error::new(Code::TierHostOutOfMemory, message));
                 }
@@ -295,7 +300,7 @@ impl Jobs {
         }
         if let Some(store) = self.store.clone() {
             let files = Arc::clone(files);
-            let _ = tokio::task::spawn_blocking(move || store.get(&files)).await;
+            let _ = tokio::task::spawn_blocking(move || store.forget(&files)).await;
         }
     }
 }

@@ -3,6 +3,7 @@
 //! A job is driven on the control thread and moves its bytes on shard threads. Whatever way it ends, its memory is
 //! either resident or given back (invariants 2 and 11): it waits for every read in flight before it lets go.
 
+mod gate;
 mod job;
 mod load;
 
@@ -12,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use gate::{Entered, HeaderGate};
 pub use job::{Interest, Job, JobId};
 pub use load::blocking;
 
@@ -83,6 +85,7 @@ pub struct Jobs {
     shards: Rc<Vec<Shard>>,
     shard_of: Box<ShardOf>,
     store: Option<Arc<Store>>,
+    headers: Rc<HeaderGate>,
     metrics: Arc<Metrics>,
     config: RefCell<Rc<config::Config>>,
     table: RefCell<BTreeMap<JobId, Rc<Job>>>,
@@ -97,6 +100,7 @@ impl Jobs {
         shards: Rc<Vec<Shard>>,
         shard_of: Box<ShardOf>,
         store: Option<Arc<Store>>,
+        headers: Rc<HeaderGate>,
         metrics: Arc<Metrics>,
         config: Rc<config::Config>,
     ) -> Rc<Jobs> {
@@ -105,6 +109,7 @@ impl Jobs {
             shards,
             shard_of,
             store,
+            headers,
             metrics,
             config: RefCell::new(config),
             table: RefCell::default(),

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -69,21 +69,30 @@ impl Connection {
     pub fn send_with_fds(&mut self, method: &str, params: &Value, fds: &[BorrowedFd<'_>]) -> u64 {
         self.next_id += 1;
         let request = json!({"jsonrpc": "2.0", "id": self.next_id, "method": method, "params": params});
-        let line = format!("{request}\n");
+        self.send_raw_with_fds(format!("{request}\n").as_bytes(), fds);
+        self.next_id
+    }
+
+    /// Sends bytes as they are; the descriptors go with the first.
+    pub fn send_raw_with_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         let mut sent = 0;
         if !fds.is_empty() {
             let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
-            let first = [IoSlice::new(line.as_bytes())];
+            let first = [IoSlice::new(bytes)];
             sent = rustix::net::sendmsg(&self.stream, &first, &mut control, SendFlags::NOSIGNAL).unwrap();
         }
-        match self.stream.write_all(&line.as_bytes()[sent..]) {
+        match self.stream.write_all(&bytes[sent..]) {
             // A daemon that has closed may have said why: the answer tells.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             written => written.unwrap(),
         }
-        self.next_id
+    }
+
+    /// Takes at most this many bytes of what came, whatever they are.
+    pub fn take(&mut self, bytes: usize) -> io::Result<usize> {
+        self.stream.read(&mut vec![0; bytes])
     }
 
     /// The next line; nothing if the daemon has closed the connection.

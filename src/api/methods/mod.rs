@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+mod either;
 mod node;
 pub use node::{HostStatus, PreloadStatus, ShardStatus, StatusReply, StatusRequest, TopologyRequest};
 
@@ -15,7 +16,7 @@ pub use node::{HostStatus, PreloadStatus, ShardStatus, StatusReply, StatusReques
 pub const VERSIONS: &[u32] = &[1];
 
 /// Where an artifact comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Source {
     /// A URI: `file:///models/llama`, or an absolute path.
@@ -36,7 +37,7 @@ pub struct FdSource {
 }
 
 /// Which tensors: a glob over names, or a slice of the tensors that a glob names.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Selector {
     /// Whole tensors whose name matches the glob (`*` also matches dots).

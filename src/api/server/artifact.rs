@@ -59,12 +59,13 @@ impl Connection {
         let (files, _) = self.open(request.source, fds).await?;
         let key = transfer::key(&files, None);
         let (limits, store) = (self.limits.clone(), self.node.store.clone());
+        let entered = self.node.headers.enter().await;
         let described = transfer::blocking(move || {
             let known =
                 store.and_then(|store| store.get(&files)).map(|manifest| manifest.digest().to_owned());
-            Ok((catalog::describe(&files, &limits)?, known))
+            Ok((catalog::describe(&files, &limits)?, known, entered))
         });
-        let (description, known) = described.await?;
+        let (description, known, _entered) = described.await?;
         let residency = &self.node.residency;
         let entry = residency.known(&key, self.tenant.uid);
         let state = entry.and_then(|entry| residency.with(entry, |entry| entry.state.clone()).ok());

@@ -77,8 +77,8 @@ impl Connection {
                 let jobs = node.jobs.list(self.viewer()).iter().map(|job| job.info()).collect();
                 self.reply(id, &JobListReply { jobs })
             }
-            Call::NodeStatus(_) => self.reply(id, &node.status()),
-            Call::NodeTopology(_) => self.reply(id, &node.topology()),
+            Call::NodeStatus(_) => self.reply(id, &node.status(self.viewer())),
+            Call::NodeTopology(_) => self.reply(id, &node.topology().await?),
         }
     }
 
@@ -138,13 +138,10 @@ impl Connection {
     }
 
     fn release(&self, request: &ReleaseRequest) -> Result<EmptyReply> {
-        let Some(hold) = self.leases.borrow_mut().remove(&request.lease) else {
-            let message = format!("this connection has no lease {}", request.lease);
-            return Err(Error::new(Code::LeaseNotFound, message));
-        };
-        drop(hold);
-        self.node.leases.set(self.node.leases.get() - 1);
-        self.node.metrics.leases.dec();
-        Ok(EmptyReply {})
+        if self.end_lease(request.lease) {
+            return Ok(EmptyReply {});
+        }
+        let message = format!("this connection has no lease {}", request.lease);
+        Err(Error::new(Code::LeaseNotFound, message))
     }
 }

@@ -10,6 +10,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use tokio::io::Interest as Readiness;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
@@ -58,8 +60,6 @@ pub(super) async fn serve(
 ) {
     let limits = node.config().limits.clone();
     let (out, queue) = mpsc::channel(limits.requests_in_flight_max as usize + 1);
-    let timeout = Duration::from_millis(limits.write_timeout_ms);
-    let reply_bytes_max = limits.reply_bytes_max as usize;
     tracing::debug!(connection = number, tenant = %tenant, "connected");
     let connection = Rc::new(Connection {
         node: Rc::clone(node),
@@ -73,7 +73,7 @@ pub(super) async fn serve(
         out,
     });
     let mut tasks = JoinSet::new();
-    let mut writing = std::pin::pin!(writer::write(&socket, queue, reply_bytes_max, timeout));
+    let mut writing = Box::pin(writer::write(&connection, &socket, queue));
     tokio::select! {
         ended = &mut writing => {
             if ended.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
@@ -84,8 +84,9 @@ pub(super) async fn serve(
         () = connection.read(&socket, &mut tasks) => {}
         _ = closing.wait_for(|closing| *closing) => {}
     }
-    // Requests first, then what they held.
+    // Requests first, then the replies that name memory, then what keeps that memory.
     tasks.shutdown().await;
+    drop(writing);
     connection.interests.borrow_mut().clear();
     let leases = std::mem::take(&mut *connection.leases.borrow_mut());
     node.leases.set(node.leases.get() - leases.len() as u32);
@@ -99,6 +100,16 @@ impl Connection {
     pub(super) fn viewer(&self) -> Viewer {
         let own = self.node.own_uid;
         (self.tenant.uid != own && self.tenant.uid != 0).then_some(self.tenant.uid)
+    }
+
+    /// Ends a lease. `false`: this connection has no such lease.
+    pub(super) fn end_lease(&self, lease: u64) -> bool {
+        let hold = self.leases.borrow_mut().remove(&lease);
+        if hold.is_some() {
+            self.node.leases.set(self.node.leases.get() - 1);
+            self.node.metrics.leases.dec();
+        }
+        hold.is_some()
     }
 
     /// Reads requests until the client closes, breaks a limit, or is told to go.
@@ -148,7 +159,11 @@ impl Connection {
             }
             loop {
                 match frames.next_frame() {
-                    Ok(Some(frame)) => self.dispatch(frame, &mut fds, tasks).await,
+                    Ok(Some(frame)) => {
+                        // What follows is another frame, with a time of its own.
+                        began = None;
+                        self.dispatch(frame, &mut fds, tasks).await
+                    }
                     Ok(None) => break,
                     Err(error) => return self.last_words(error.into()).await,
                 }
@@ -198,14 +213,19 @@ impl Connection {
         let request = match wire::parse_request(frame) {
             Ok(request) => request,
             Err(refused) => {
+                fds.clear();
                 let error = Error::from(refused.error);
                 self.node.metrics.error(error.code);
                 return self.say(Outgoing::Line(wire::error_reply(&refused.id, &error, &name))).await;
             }
         };
+        let silent = request.id.is_none();
         let id = request.id.unwrap_or(wire::Id::Null);
-        let call =
-            parse_call(&request.method, request.params.as_deref()).map_err(Error::from).and_then(|call| {
+        let parsed = parse_call(&request.method, request.params.as_deref());
+        let call = parsed
+            .inspect_err(|_| drop_fds(request.params.as_deref(), fds))
+            .map_err(Error::from)
+            .and_then(|call| {
                 let sent = take_fds(&call, fds)?;
                 let most = self.limits.requests_in_flight_max;
                 if self.in_flight.get() >= most {
@@ -222,19 +242,35 @@ impl Connection {
                     let method = Method::from_name(call.name());
                     let answer = connection.answer(call, sent, &id).await;
                     connection.node.metrics.request(method, answer.as_ref().err().map(|e| e.code), began.elapsed());
-                    connection.in_flight.set(connection.in_flight.get() - 1);
                     let message = answer.unwrap_or_else(|error| {
                         tracing::info!(request = name, method = request.method, code = %error.code, %error, "refused");
                         Outgoing::Line(wire::error_reply(&id, &error, &name))
                     });
-                    connection.say(message).await;
+                    if silent {
+                        connection.swallow(message);
+                    } else {
+                        connection.say(message).await;
+                    }
+                    // Not before it is queued: a client that does not read must run into the limit.
+                    connection.in_flight.set(connection.in_flight.get() - 1);
                 });
             }
             Err(error) => {
                 let method = Method::from_name(&request.method);
                 self.node.metrics.request(method, Some(error.code), began.elapsed());
-                self.say(Outgoing::Line(wire::error_reply(&id, &error, &name))).await;
+                if !silent {
+                    self.say(Outgoing::Line(wire::error_reply(&id, &error, &name))).await;
+                }
             }
+        }
+    }
+
+    /// Drops the reply to a request without an id. Nobody can end a lease that nobody was told of.
+    fn swallow(&self, message: Outgoing) {
+        if let Outgoing::Attached(_, attached) = message {
+            let lease = attached.lease;
+            drop(attached);
+            self.end_lease(lease);
         }
     }
 
@@ -273,11 +309,28 @@ fn take_fds(call: &Call, fds: &mut VecDeque<OwnedFd>) -> Result<Vec<OwnedFd>> {
     };
     let Some(Source::Fds(wanted)) = source else { return Ok(Vec::new()) };
     let count = wanted.fds as usize;
-    if count == 0 || count > fds.len() {
-        let message = format!("the request names {count} descriptors, and {} came with it", fds.len());
+    // Refused or not: none of them is left for the next request.
+    let sent: Vec<_> = fds.drain(..count.min(fds.len())).collect();
+    if count == 0 || count > sent.len() {
+        let message = format!("the request names {count} descriptors, and {} came with it", sent.len());
         return Err(Error::new(Code::SourceFdsInvalid, message));
     }
-    Ok(fds.drain(..count).collect())
+    Ok(sent)
+}
+
+/// Drops the descriptors that a refused request names, or all if that cannot be told.
+fn drop_fds(params: Option<&RawValue>, fds: &mut VecDeque<OwnedFd>) {
+    #[derive(Deserialize)]
+    struct Named {
+        source: Count,
+    }
+    #[derive(Deserialize)]
+    struct Count {
+        fds: usize,
+    }
+    let named = params.and_then(|params| serde_json::from_str::<Named>(params.get()).ok());
+    let count = named.map_or(fds.len(), |named| named.source.fds.min(fds.len()));
+    fds.drain(..count);
 }
 
 /// Whether the other end is closed in both directions.

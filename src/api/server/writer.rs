@@ -4,16 +4,23 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
+use super::connection::Connection;
 use crate::api::methods::{AttachReply, FileView, JobInfo, PartView, RegionView, TensorView};
 use crate::api::{scm, wire};
-use crate::error::Error;
+use crate::error::Result;
 use crate::tier::residency::Content;
+use crate::transfer;
+
+/// Replies that name more tensors are written off the control thread, which others wait for.
+const TENSORS_AT_ONCE_MAX: usize = 4096;
+/// A message may take the timeout once for each of these that it has begun.
+const PACE_BYTES: usize = 1 << 20;
 
 /// One message to the client. It is turned into bytes only when its turn comes, so that a client that does not read
 /// costs little memory.
@@ -38,6 +45,17 @@ pub(super) struct Attached {
 }
 
 impl Attached {
+    /// The reply as bytes. A large one is written off the control thread; the content stays here, so that its memory
+    /// is free at once when the connection ends meanwhile.
+    async fn line(&self, id: &wire::Id, bytes_max: usize) -> Result<Vec<u8>> {
+        let reply = self.reply();
+        if reply.tensors.len() <= TENSORS_AT_ONCE_MAX {
+            return Ok(wire::reply(id, &reply, bytes_max)?);
+        }
+        let id = id.clone();
+        transfer::blocking(move || Ok(wire::reply(&id, &reply, bytes_max)?)).await
+    }
+
     fn reply(&self) -> AttachReply {
         let Content { description, files, tensors, digest, parts, .. } = &*self.content;
         let part = |(fd, part): (u32, &crate::sys::mem::Sealed)| PartView { fd, bytes: part.bytes() };
@@ -78,11 +96,12 @@ impl Attached {
 
 /// Writes what comes, until it is told to close, the client does not take it in time, or it is gone.
 pub(super) async fn write(
+    connection: &Connection,
     socket: &UnixStream,
     mut queue: mpsc::Receiver<Outgoing>,
-    bytes_max: usize,
-    timeout: Duration,
 ) -> io::Result<()> {
+    let bytes_max = connection.limits.reply_bytes_max as usize;
+    let timeout = Duration::from_millis(connection.limits.write_timeout_ms);
     while let Some(message) = queue.recv().await {
         match message {
             Outgoing::Line(line) => send(socket, &line, None, timeout).await?,
@@ -92,10 +111,15 @@ pub(super) async fn write(
                     send(socket, &line, None, timeout).await?;
                 }
             }
-            Outgoing::Attached(id, attached) => match wire::reply(&id, &attached.reply(), bytes_max) {
+            Outgoing::Attached(id, attached) => match attached.line(&id, bytes_max).await {
                 Ok(line) => send(socket, &line, Some(&attached.content), timeout).await?,
                 Err(error) => {
-                    send(socket, &wire::error_reply(&id, &Error::from(error), ""), None, timeout).await?
+                    // The client never learns of this lease.
+                    let lease = attached.lease;
+                    drop(attached);
+                    connection.end_lease(lease);
+                    connection.node.metrics.error(error.code);
+                    send(socket, &wire::error_reply(&id, &error, ""), None, timeout).await?
                 }
             },
         }
@@ -103,7 +127,8 @@ pub(super) async fn write(
     Ok(())
 }
 
-/// Sends all of `line`; the descriptors of `content` go with its first byte. The timeout is for each step forward.
+/// Sends all of `line`; the descriptors of `content` go with its first byte. The timeout is for each step forward,
+/// and for each [`PACE_BYTES`] of the whole, so that a client which takes a byte now and then holds no memory for ever.
 async fn send(
     socket: &UnixStream,
     line: &[u8],
@@ -111,10 +136,12 @@ async fn send(
     timeout: Duration,
 ) -> io::Result<()> {
     let mut fds: Vec<_> = content.iter().flat_map(|content| content.parts.iter().map(AsFd::as_fd)).collect();
+    let paces = u32::try_from(line.len() / PACE_BYTES + 1).unwrap_or(u32::MAX);
+    let deadline = Instant::now() + timeout.saturating_mul(paces);
     let mut sent = 0;
     while sent < line.len() {
         let step = socket.async_io(Interest::WRITABLE, || scm::send(socket, &line[sent..], &fds));
-        match tokio::time::timeout(timeout, step).await {
+        match tokio::time::timeout_at(deadline.min(Instant::now() + timeout).into(), step).await {
             Ok(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(bytes) => sent += bytes?,
             Err(_) => return Err(io::ErrorKind::TimedOut.into()),

@@ -231,6 +231,24 @@ pub fn from_fds(fds: Vec<OwnedFd>, names: &[String], limits: &Limits) -> Result<
         .collect()
 }
 
+/// File systems whose files a client may not send: a FUSE server that does not answer would hold threads of the daemon and
+/// can forge what a file is; what the others show depends on who opens it. Magic numbers of `linux/magic.h`.
+const REFUSED_FILE_SYSTEMS: &[(u64, &str)] = &[
+    (0x6573_5546, "it is on a FUSE file system"),
+    (0x9fa0, "it is in procfs"),
+    (0x6265_6572, "it is in sysfs"),
+    (0x6462_6720, "it is in debugfs"),
+    (0x7472_6163, "it is in tracefs"),
+    (0x6367_7270, "it is in cgroupfs"),
+    (0x0027_e0eb, "it is in cgroupfs"),
+    (0x7363_6673, "it is in securityfs"),
+    (0xcafe_4a11, "it is in bpffs"),
+];
+
+fn refused_file_system(magic: u64) -> Option<&'static str> {
+    REFUSED_FILE_SYSTEMS.iter().find(|(refused, _)| *refused == magic).map(|(_, why)| *why)
+}
+
 fn from_fd(fd: OwnedFd, name: &str) -> Result<OpenFile, &'static str> {
     let flags = rustix::fs::fcntl_getfl(&fd).map_err(|_| "the system does not say how it was opened")?;
     if flags.contains(OFlags::PATH) || (flags & OFlags::ACCMODE) == OFlags::WRONLY {
@@ -238,6 +256,10 @@ fn from_fd(fd: OwnedFd, name: &str) -> Result<OpenFile, &'static str> {
     }
     if file_type(&fd).map_err(|_| "the system does not say what it is")? != FileType::RegularFile {
         return Err("it is not a regular file");
+    }
+    let system = rustix::fs::fstatfs(&fd).map_err(|_| "the system does not say where it is")?;
+    if let Some(why) = refused_file_system(system.f_type as u64 & 0xffff_ffff) {
+        return Err(why);
     }
     // The client has shown that it may read the file; whether the daemon may is a second question.
     match reopen(&fd, OFlags::empty()) {
