@@ -144,7 +144,8 @@ impl Connection {
             if line.get("method").is_some() {
                 assert!(line.get("id").is_none(), "a notification has no id: {line}");
                 self.notifications.push(line);
-            } else if line["id"] == id {
+            } else if line["id"] == id || line["id"].is_null() {
+                // Without an id the daemon says why it ends the connection.
                 let Some(error) = line.get("error") else { return Ok(line["result"].take()) };
                 return Err(failure(error));
             } else {
