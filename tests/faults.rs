@@ -428,6 +428,8 @@ fn requests_that_make_no_sense_are_answered_with_their_code() {
 fn connections_past_the_limit_are_refused_and_come_back() {
     let root = directory();
     let mut daemon = Options::new(root.path()).config("[limits]\nconnections_per_tenant_max = 4\n").start();
+    // The connection that asked for readiness may still be on its way out.
+    daemon.until("no connection", |daemon| daemon.metric("lodestream_connections", &[]) == 0.0);
     let mut held: Vec<Connection> = (0..4).map(|_| daemon.connect()).collect();
     for connection in &mut held {
         connection.call("node.status", &json!({})).unwrap();
