@@ -12,7 +12,6 @@ use super::{Description, Dtype, FileEntry, Format, Tensor, elements};
 use crate::config::Limits;
 use crate::error::Code;
 
-/// Bytes of one chunk of a file; the last one of a file may be shorter.
 pub use crate::checksum::CHUNK_BYTES;
 /// Version of the manifest that is written and read.
 pub const VERSION: u32 = 1;
