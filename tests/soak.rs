@@ -229,7 +229,8 @@ fn clients_killed_at_random_cost_nothing() {
     evict_all(&mut daemon);
     daemon.assert_idle();
     assert_eq!(daemon.metric("lodestream_errors_total", &["code=\"internal\""]), 0.0);
-    assert_eq!(daemon.fds(), fds, "descriptors are not back");
+    // Looked at until it holds: the last connections of the questions above are still being closed.
+    daemon.until("descriptors given back", |daemon| daemon.fds() <= fds);
     // The allocator keeps some of what it was given; a leak would grow with every attach.
     let now = daemon.own_memory();
     assert!(now < memory + (24 << 20), "own memory was {memory} bytes and is {now}");

@@ -129,7 +129,10 @@ impl Model {
             weight_map.extend(tensors.iter().map(|tensor| (tensor.name.clone(), name.clone())));
         }
         let index = json!({"metadata": {}, "weight_map": weight_map});
-        fs::write(path.join("model.safetensors.index.json"), index.to_string()).unwrap();
+        // Whole before it has its name, like the shards: who reads meanwhile finds the old index or the new one.
+        let temporary = path.join("index.tmp");
+        fs::write(&temporary, index.to_string()).unwrap();
+        fs::rename(&temporary, path.join("model.safetensors.index.json")).unwrap();
         Model { path: path.to_owned(), seed, tensors: shards.concat() }
     }
 
