@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use lodestream::plan;
-use lodestream::shard::{Assignment, Batch, BatchFile, Options, Part, ReaderKind, Shard};
+use lodestream::shard::{Assignment, Batch, BatchFile, Landing, Options, Part, ReaderKind, Shard};
 use lodestream::sys::mem::Memory;
 use lodestream::sys::pages::PageKind;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
@@ -27,6 +27,7 @@ fn allocations(shard: &Shard, path: &std::path::Path, mib: u64) -> usize {
         file: Arc::new(std::fs::File::open(path).unwrap().into()),
         direct: Some(Arc::new(direct.into())),
         bytes,
+        landing: Landing::Slot,
         expected: None,
     };
     let layout = plan::layout(&[bytes], &[], None).unwrap();

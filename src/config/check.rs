@@ -9,8 +9,8 @@ use super::origin::{Given, Origin};
 use super::raw::{RawConfig, RawDataPlane, RawHost, RawLimits, RawLog, RawPreload};
 use super::size::Size;
 use super::{
-    Config, ConfigError, DataPlane, Host, Limits, Log, LogFormat, PageCache, Pages, Preload, Reader, level,
-    size,
+    Config, ConfigError, DataPlane, Host, Landing, Limits, Log, LogFormat, PageCache, Pages, Preload, Reader,
+    level, size,
 };
 
 const KIB: u64 = 1 << 10;
@@ -228,6 +228,11 @@ fn data_plane(
             layers.file("data_plane.page_cache", raw.page_cache),
             default.page_cache,
             &[("auto", PageCache::Auto), ("never", PageCache::Never)],
+        )?,
+        landing: word(
+            layers.file("data_plane.landing", raw.landing),
+            default.landing,
+            &[("auto", Landing::Auto), ("in_place", Landing::InPlace), ("slots", Landing::Slots)],
         )?,
     })
 }

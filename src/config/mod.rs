@@ -115,6 +115,18 @@ pub enum PageCache {
     Never,
 }
 
+/// Where reads land that could land in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Landing {
+    /// In slots where a hypervisor copies what is read, else in place.
+    Auto,
+    /// In place.
+    InPlace,
+    /// In slots, and from there to their place.
+    Slots,
+}
+
 /// The data-plane threads.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct DataPlane {
@@ -133,6 +145,8 @@ pub struct DataPlane {
     pub pin: bool,
     /// Use of the page cache.
     pub page_cache: PageCache,
+    /// Where reads land that could land in place.
+    pub landing: Landing,
 }
 
 /// Limits on what comes from outside. Going past one is an error with a code.
@@ -303,6 +317,7 @@ impl Default for Config {
                 shards: 0,
                 pin: true,
                 page_cache: PageCache::Auto,
+                landing: Landing::Auto,
             },
             limits: Limits {
                 connections_max: 1024,

@@ -84,6 +84,7 @@ table!(RawDataPlane {
     shards: Field,
     pin: Field,
     page_cache: Field,
+    landing: Field,
 });
 
 table!(RawLimits {

@@ -200,6 +200,7 @@ fn values_out_of_range_are_refused() {
         "data_plane.depth = 0",
         "data_plane.slots = 0",
         "data_plane.page_cache = 'always'",
+        "data_plane.landing = 'somewhere'",
         "limits.connections_max = 0",
         "limits.fds_per_message_max = 254",
         "limits.fds_per_message_max = 0",
@@ -326,6 +327,7 @@ fn configs() -> impl Strategy<Value = Config> {
                 block_bytes: block * MIB,
                 depth,
                 page_cache: PageCache::Never,
+                landing: Landing::Slots,
                 ..default.data_plane
             },
             limits: Limits { header_bytes_max, fds_per_message_max, ..default.limits },

@@ -150,7 +150,7 @@ async fn serve(
     let jobs = Jobs::new(
         Rc::clone(&residency),
         Rc::clone(&shards),
-        plane.shard_of,
+        plane.lane_of,
         store.clone(),
         Rc::clone(&headers),
         Arc::clone(&metrics),

@@ -3,18 +3,18 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use crate::config::{DataPlane, PageCache};
+use crate::config::{self, DataPlane, PageCache};
 use crate::error::Result;
-use crate::shard::{Options, ReaderKind, Shard};
+use crate::shard::{Landing, Options, ReaderKind, Shard};
 use crate::topology::Topology;
-use crate::transfer::ShardOf;
+use crate::transfer::{Lane, LaneOf};
 
 /// The data plane.
 pub(super) struct Plane {
     pub(super) shards: Vec<Shard>,
     /// Drives of each shard thread.
     pub(super) devices: Vec<Vec<String>>,
-    pub(super) shard_of: Box<ShardOf>,
+    pub(super) lane_of: Box<LaneOf>,
 }
 
 /// Starts one shard thread for each NVMe drive (or as many as are configured), near its drive.
@@ -49,12 +49,21 @@ pub(super) fn start(config: &DataPlane, reader: ReaderKind, topology: Topology) 
         })?);
     }
     let known = RefCell::new(HashMap::new());
-    let shard_of = move |major: u32, minor: u32| {
+    let landing = config.landing;
+    let lane_of = move |major: u32, minor: u32| {
         *known.borrow_mut().entry((major, minor)).or_insert_with(|| {
-            let drive = topology.drive_of(major, minor).and_then(|drive| places.get(&drive.name));
+            let drive = topology.drive_of(major, minor);
             // A file system without a drive that we know, as a network one: spread by device number.
-            drive.copied().unwrap_or(minor as usize % count)
+            let place = drive.and_then(|drive| places.get(&drive.name)).copied();
+            let shard = place.unwrap_or(minor as usize % count);
+            let copied = drive.is_some_and(|drive| drive.paravirtual);
+            let landing = match landing {
+                config::Landing::Slots => Landing::Slot,
+                config::Landing::Auto if copied => Landing::Slot,
+                config::Landing::Auto | config::Landing::InPlace => Landing::InPlace,
+            };
+            Lane { shard, landing }
         })
     };
-    Ok(Plane { shards, devices, shard_of: Box::new(shard_of) })
+    Ok(Plane { shards, devices, lane_of: Box::new(lane_of) })
 }

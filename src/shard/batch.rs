@@ -38,6 +38,16 @@ impl Path {
     }
 }
 
+/// Where a read lands that could land in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Landing {
+    /// In its place in the region: least work, where the drive writes to memory by itself.
+    InPlace,
+    /// In a slot, to be copied by streaming stores: faster where a hypervisor copies what was read, because slots stay
+    /// in its processor's cache (docs/decisions/0006-landing.md).
+    Slot,
+}
+
 /// What a shard thread spends its time on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -77,6 +87,8 @@ pub struct BatchFile {
     pub direct: Option<Arc<OwnedFd>>,
     /// Size, bytes.
     pub bytes: u64,
+    /// Where its reads land that could land in place.
+    pub landing: Landing,
     /// Checksums of its chunks from an earlier load of the same file, if there was one. What arrives must match.
     pub expected: Option<Arc<[u64]>>,
 }

@@ -5,7 +5,6 @@
 //! allocates nothing while it moves bytes (invariant 3).
 
 mod batch;
-mod landing;
 mod preadv2;
 mod reader;
 mod run;
@@ -25,7 +24,7 @@ use crate::error::{Code, Error, Result};
 use crate::staging;
 use crate::sys::uring;
 
-pub use batch::{Assignment, Batch, BatchFile, Part, Path, Phase, Progress};
+pub use batch::{Assignment, Batch, BatchFile, Landing, Part, Path, Phase, Progress};
 use preadv2::Preadv2;
 use reader::Reader;
 

@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError};
 
-use super::batch::{Assignment, Batch, BatchFile, Path, Phase};
-use super::landing::{Choice, Landing};
+use super::batch::{Assignment, Batch, BatchFile, Landing, Path, Phase};
 use super::reader::Reader;
 use super::{Options, Stats};
 use crate::checksum::{self, CHUNK_BYTES};
@@ -117,7 +116,6 @@ pub(super) struct Runner<'a, R> {
     /// Reads that have to go on, but found the queue full: they go first.
     backlog: Vec<Read>,
     turn: usize,
-    landing: Choice,
 }
 
 impl<'a, R: Reader> Runner<'a, R> {
@@ -132,7 +130,6 @@ impl<'a, R: Reader> Runner<'a, R> {
             done: Vec::with_capacity(options.depth as usize),
             backlog: Vec::with_capacity(options.depth as usize),
             turn: 0,
-            landing: Choice::new(),
         }
     }
 
@@ -223,7 +220,7 @@ impl<'a, R: Reader> Runner<'a, R> {
             Target::Staged(_) => Landing::Slot,
             // The copy from the page cache goes to its place at once.
             Target::Direct { .. } if way != Way::Direct => Landing::InPlace,
-            Target::Direct { .. } => self.landing.current(),
+            Target::Direct { .. } => batch.files[step.file as usize].landing,
         };
         let span = match (&step.target, landing) {
             (Target::Direct { part, offset }, Landing::InPlace) => {
@@ -302,8 +299,6 @@ impl<'a, R: Reader> Runner<'a, R> {
         let waited = if busy || !more && may_wait() { self.reader.wait(None, &mut done) } else { Ok(()) };
         if busy {
             self.spent_all(Phase::Wait, &mut clock);
-        } else {
-            self.landing.idle();
         }
         self.done = done;
         waited
@@ -383,9 +378,6 @@ impl<'a, R: Reader> Runner<'a, R> {
         let step = &batch.plan.moves[purpose.index as usize];
         let file = &batch.files[step.file as usize];
         let mut clock = Instant::now();
-        if purpose.way == Way::Direct {
-            self.landing.arrived(u64::from(step.expect_bytes), clock);
-        }
         let in_place = match (&step.target, purpose.landing) {
             (Target::Direct { part, offset }, Landing::Slot) => Some((*part, *offset)),
             _ => None,

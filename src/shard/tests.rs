@@ -183,7 +183,8 @@ proptest! {
         let reader =
             Simulated { content: on_drive, random: Random(seed), faults, queue: Vec::new(), depth: 4 };
         let file = BatchFile {
-            name: "model".into(), file: any_file(), direct: Some(any_file()), bytes: bytes as u64, expected: None,
+            name: "model".into(), file: any_file(), direct: Some(any_file()), bytes: bytes as u64,
+            landing: if seed % 2 == 0 { Landing::InPlace } else { Landing::Slot }, expected: None,
         };
         let (batch, layout) = batch_of(bytes as u64, None, vec![file]);
         let batch = run_on(reader, batch);
@@ -222,7 +223,8 @@ proptest! {
             tensor: 0, shape: vec![count, row], runs: Runs { offset: head, bytes: row, stride, count },
         };
         let file = BatchFile {
-            name: "model".into(), file: any_file(), direct: Some(any_file()), bytes, expected: None,
+            name: "model".into(), file: any_file(), direct: Some(any_file()), bytes,
+            landing: Landing::InPlace, expected: None,
         };
         let (batch, layout) = batch_of(bytes, Some((&[tensor], &[pick])), vec![file]);
         let batch = run_on(reader, batch);
@@ -244,13 +246,17 @@ fn real_readers_read_real_files() {
     let path = folder.path().join("model");
     let full = content(3_333_333, 7);
     std::fs::write(&path, full.as_slice()).unwrap();
-    for reader in [ReaderKind::IoUring, ReaderKind::Preadv2] {
+    let in_place =
+        [ReaderKind::IoUring, ReaderKind::Preadv2].map(|reader| (reader, Landing::InPlace, Path::Direct));
+    let in_slots = (ReaderKind::IoUring, Landing::Slot, Path::Staged);
+    for (reader, landing, path_expected) in in_place.into_iter().chain([in_slots]) {
         let direct = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
         let file = BatchFile {
             name: "model".into(),
             file: Arc::new(std::fs::File::open(&path).unwrap().into()),
             direct: Some(Arc::new(direct.into())),
             bytes: full.len() as u64,
+            landing,
             expected: None,
         };
         let mut options = options(reader);
@@ -262,7 +268,7 @@ fn real_readers_read_real_files() {
         assert!(shard.send(Assignment { batch, moves, priority: 0, home }).is_ok());
         let batch = back.blocking_recv().unwrap();
         assert_eq!(batch.progress.failure().map(|error| error.message.clone()), None);
-        assert_eq!(batch.progress.bytes(Path::Direct), full.len() as u64, "{reader:?}");
+        assert_eq!(batch.progress.bytes(path_expected), full.len() as u64, "{reader:?} {landing:?}");
         assert!(region(batch)[..full.len()] == full[..]);
     }
 }
@@ -277,6 +283,7 @@ fn a_changed_chunk_of_an_unchanged_file_is_refused_invariant_6() {
         file: any_file(),
         direct: Some(any_file()),
         bytes: full.len() as u64,
+        landing: Landing::Slot,
         expected: Some(sums.into()),
     };
     let reader = Simulated {
@@ -327,6 +334,7 @@ fn a_broken_shard_fails_what_it_works_on_and_what_waits_invariant_6() {
             file: any_file(),
             direct: Some(any_file()),
             bytes: 1 << 20,
+            landing: Landing::InPlace,
             expected: None,
         };
         let (batch, _) = batch_of(1 << 20, None, vec![file]);

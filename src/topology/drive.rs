@@ -35,6 +35,8 @@ pub struct Drive {
     /// Requests that each of the kernel's queues for it takes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queue_depth: Option<u32>,
+    /// Whether a hypervisor reads for it and copies into this machine's memory, instead of the drive writing there.
+    pub paravirtual: bool,
     /// Whether it turns.
     pub rotational: bool,
     /// Bytes of a logical block: what O_DIRECT must be aligned to.
@@ -71,11 +73,21 @@ fn read_drive(tree: &Tree, name: String) -> Option<Drive> {
         pcie,
         numa_node,
         queue_depth: tree.number(&format!("{path}/queue/nr_requests")),
+        paravirtual: resolved.split('/').any(is_paravirtual_bus),
         rotational: attribute("queue/rotational").as_deref() == Some("1"),
         logical_block_bytes: tree.number(&format!("{path}/queue/logical_block_size")),
         request_bytes_max: kib.and_then(|kib| kib.checked_mul(1024)),
         name,
     })
+}
+
+/// Whether devices below this one are a hypervisor's own: virtio (blk and scsi), Xen, Hyper-V.
+fn is_paravirtual_bus(component: &str) -> bool {
+    let numbered = |prefix: &str| {
+        let number = component.strip_prefix(prefix);
+        number.is_some_and(|number| number.bytes().next().is_some_and(|byte| byte.is_ascii_digit()))
+    };
+    numbered("virtio") || numbered("vbd-") || numbered("VMBUS:")
 }
 
 /// The resolved path of the controller of an NVMe drive.

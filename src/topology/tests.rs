@@ -140,10 +140,32 @@ fn drives_have_their_controller_and_place() {
     assert_eq!(drive.nvme_controller.as_deref(), Some("nvme2"));
     assert_eq!(drive.numa_node, Some(1));
     assert_eq!((drive.queue_depth, drive.rotational), (Some(1023), false));
+    assert!(!drive.paravirtual);
     assert_eq!((drive.logical_block_bytes, drive.request_bytes_max), (Some(512), Some(1280 << 10)));
     let place = drive.pcie.as_ref().unwrap();
     assert_eq!(place.address, "0000:36:00.0");
     assert_eq!(place.path, ["pci0000:30", "0000:30:01.0", "0000:31:00.0", "0000:32:03.0", "0000:36:00.0"]);
+}
+
+#[test]
+fn drives_that_a_hypervisor_reads_are_known() {
+    let machine = Machine::empty();
+    machine.disk("sys/devices/pci0000:00/0000:00:05.0/virtio2/block/vda", "254:0", "2048");
+    machine.disk(
+        "sys/devices/pci0000:00/0000:00:06.0/virtio3/host0/target0:0:0/0:0:0:0/block/sda",
+        "8:0",
+        "2048",
+    );
+    machine.disk("sys/devices/vbd-51712/block/xvda", "202:0", "2048");
+    machine.disk(
+        "sys/devices/pci0000:00/0000:00:07.0/ata1/host1/target1:0:0/1:0:0:0/block/sdb",
+        "8:16",
+        "2048",
+    );
+    let found: Vec<_> =
+        machine.read().drives.iter().map(|drive| (drive.name.clone(), drive.paravirtual)).collect();
+    let expected = [("sda", true), ("sdb", false), ("vda", true), ("xvda", true)];
+    assert_eq!(found, expected.map(|(name, paravirtual)| (name.to_owned(), paravirtual)));
 }
 
 #[test]

@@ -194,6 +194,7 @@ impl Jobs {
             file: Arc::clone(&file.file),
             direct: file.direct.clone(),
             bytes: file.stamp.bytes,
+            landing: (self.lane_of)(file.stamp.dev_major, file.stamp.dev_minor).landing,
             expected: known.map(|manifest| manifest.chunks()[number].clone().into()),
         });
         let parts =
@@ -252,7 +253,7 @@ impl Jobs {
         let mut lanes = vec![Vec::<Range<u32>>::new(); self.shards.len()];
         for (number, step) in (0u32..).zip(&plan.moves) {
             let stamp = &files[step.file as usize].stamp;
-            let shard = (self.shard_of)(stamp.dev_major, stamp.dev_minor) % lanes.len();
+            let shard = (self.lane_of)(stamp.dev_major, stamp.dev_minor).shard % lanes.len();
             match lanes[shard].last_mut() {
                 Some(range) if range.end == number => range.end += 1,
                 _ => lanes[shard].push(number..number + 1),

@@ -21,7 +21,7 @@ use crate::api::methods::Selector;
 use crate::catalog::store::Store;
 use crate::config;
 use crate::error::{Code, Error, Result};
-use crate::shard::Shard;
+use crate::shard::{Landing, Shard};
 use crate::source::file::OpenFile;
 use crate::telemetry::metrics::Metrics;
 use crate::tier::residency::{EntryId, Hold, Key, Residency, Viewer};
@@ -76,14 +76,23 @@ pub struct Claim {
     pub job: Option<(Rc<Job>, Interest)>,
 }
 
-/// Which shard thread reads the files of a block device.
-pub type ShardOf = dyn Fn(u32, u32) -> usize;
+/// Who reads the files of a block device, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Lane {
+    /// Number of the shard thread.
+    pub shard: usize,
+    /// Where reads land that could land in place.
+    pub landing: Landing,
+}
+
+/// The lane of a block device, by its numbers (major, minor).
+pub type LaneOf = dyn Fn(u32, u32) -> Lane;
 
 /// All jobs. Belongs to the control thread.
 pub struct Jobs {
     residency: Rc<Residency>,
     shards: Rc<Vec<Shard>>,
-    shard_of: Box<ShardOf>,
+    lane_of: Box<LaneOf>,
     store: Option<Arc<Store>>,
     headers: Rc<HeaderGate>,
     metrics: Arc<Metrics>,
@@ -98,7 +107,7 @@ impl Jobs {
     pub fn new(
         residency: Rc<Residency>,
         shards: Rc<Vec<Shard>>,
-        shard_of: Box<ShardOf>,
+        lane_of: Box<LaneOf>,
         store: Option<Arc<Store>>,
         headers: Rc<HeaderGate>,
         metrics: Arc<Metrics>,
@@ -107,7 +116,7 @@ impl Jobs {
         Rc::new(Jobs {
             residency,
             shards,
-            shard_of,
+            lane_of,
             store,
             headers,
             metrics,
