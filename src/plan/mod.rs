@@ -13,10 +13,16 @@ use crate::catalog::select::{Pick, Runs};
 use crate::checksum::CHUNK_BYTES;
 
 mod moves;
+mod scatter;
 pub use moves::{Copy, MOVES_MAX, Move, Plan, Target, moves};
+pub use scatter::scatter;
 
 /// O_DIRECT's unit: offsets and lengths of reads are multiples of it, bytes.
 pub const BLOCK_ALIGN: u64 = 4096;
+
+/// Alignment of tensors in the memory of a GPU, bytes: what its copy engines and kernels want, and what allocators of
+/// frameworks give.
+pub const TENSOR_ALIGN: u64 = 512;
 
 /// Alignment that a file's data gets when its own header leaves it misaligned for its types, bytes.
 const DATA_ALIGN: u64 = 64;
@@ -30,6 +36,8 @@ pub struct Layout {
     pub files: Vec<Option<u64>>,
     /// Where the wanted tensors lie.
     pub tensors: Vec<Placed>,
+    /// Everything of the artifact is wanted, so all bytes of its files are read.
+    pub whole: bool,
     /// Contiguous pieces to be filled.
     extents: Vec<Extent>,
 }
@@ -74,7 +82,8 @@ pub fn layout(files: &[u64], tensors: &[Tensor], picks: Option<&[Pick]>) -> Opti
 }
 
 fn whole(files: &[u64], tensors: &[Tensor]) -> Option<Layout> {
-    let mut layout = Layout { bytes: 0, files: Vec::new(), tensors: Vec::new(), extents: Vec::new() };
+    let mut layout =
+        Layout { bytes: 0, files: Vec::new(), tensors: Vec::new(), whole: true, extents: Vec::new() };
     for (file, bytes) in files.iter().copied().enumerate() {
         // Chunks do not straddle parts (multiples of 2 MiB): a large file begins on a chunk boundary, a small one
         // does not cross any.
@@ -114,8 +123,7 @@ fn shift(file: u32, tensors: &[Tensor]) -> u64 {
 }
 
 fn picked(files: &[u64], tensors: &[Tensor], picks: &[Pick]) -> Option<Layout> {
-    let mut layout =
-        Layout { bytes: 0, files: vec![None; files.len()], tensors: Vec::new(), extents: Vec::new() };
+    let mut layout = Layout::nothing_of(files.len());
     for pick in picks {
         let tensor = tensors.get(pick.tensor)?;
         let runs = pick.runs.clone();
@@ -156,6 +164,61 @@ impl Layout {
         self.bytes = place.checked_add(runs.bytes)?.checked_next_multiple_of(BLOCK_ALIGN)?;
         if runs.bytes > 0 {
             self.extents.push(Extent { file, runs: runs.clone(), place });
+        }
+        Some(place)
+    }
+}
+
+/// Lays out tensors for a GPU: each begins on a multiple of [`TENSOR_ALIGN`], in file order. What has no tensors is laid
+/// out whole. `None` if offsets would overflow.
+///
+/// `files` are the sizes in bytes. Headers are not part of the region.
+pub fn packed(files: &[u64], tensors: &[Tensor], picks: Option<&[Pick]>) -> Option<Layout> {
+    let mut layout = Layout::nothing_of(files.len());
+    if let Some(picks) = picks {
+        for pick in picks {
+            let file = tensors.get(pick.tensor)?.file;
+            layout.pack(pick.tensor, file, pick.shape.clone(), pick.runs.clone())?;
+        }
+        return Some(layout);
+    }
+    layout.whole = true;
+    let mut with_tensors = vec![false; files.len()];
+    for (index, tensor) in tensors.iter().enumerate() {
+        *with_tensors.get_mut(tensor.file as usize)? = true;
+        let runs = Runs { offset: tensor.offset, bytes: tensor.nbytes, stride: tensor.nbytes, count: 1 };
+        layout.pack(index, tensor.file, tensor.shape.clone(), runs)?;
+    }
+    for (file, bytes) in (0u32..).zip(files.iter().copied()) {
+        if !with_tensors[file as usize] {
+            let runs = Runs { offset: 0, bytes, stride: bytes, count: 1 };
+            layout.files[file as usize] = Some(layout.place_packed(file, runs)?);
+        }
+    }
+    Some(layout)
+}
+
+impl Layout {
+    fn nothing_of(files: usize) -> Layout {
+        Layout { bytes: 0, files: vec![None; files], tensors: Vec::new(), whole: false, extents: Vec::new() }
+    }
+
+    fn pack(&mut self, tensor: usize, file: u32, shape: Vec<u64>, runs: Runs) -> Option<()> {
+        let nbytes = runs.bytes.checked_mul(runs.count)?;
+        let offset = self.place_packed(file, runs)?;
+        self.tensors.push(Placed { tensor, shape, offset, nbytes });
+        Some(())
+    }
+
+    fn place_packed(&mut self, file: u32, mut runs: Runs) -> Option<u64> {
+        let place = self.bytes;
+        let nbytes = runs.bytes.checked_mul(runs.count)?;
+        self.bytes = place.checked_add(nbytes)?.checked_next_multiple_of(TENSOR_ALIGN)?;
+        if nbytes > 0 {
+            if runs.stride == runs.bytes {
+                runs = Runs { offset: runs.offset, bytes: nbytes, stride: nbytes, count: 1 };
+            }
+            self.extents.push(Extent { file, runs, place });
         }
         Some(place)
     }

@@ -1,5 +1,7 @@
 //! Cuts a layout into reads.
 
+use std::ops::Range;
+
 use super::{BLOCK_ALIGN, Extent, Layout};
 use crate::checksum::CHUNK_BYTES;
 
@@ -15,6 +17,8 @@ pub const MOVES_MAX: usize = 4 << 20;
 pub struct Plan {
     /// In file order.
     pub moves: Vec<Move>,
+    /// What is copied from slots, in the order of the moves.
+    pub copies: Vec<Copy>,
     /// Number of checksums that the moves produce.
     pub checks: u32,
     /// Bytes that have to arrive.
@@ -48,13 +52,15 @@ pub enum Target {
         /// Offset in that part, a multiple of [`BLOCK_ALIGN`].
         offset: u64,
     },
-    /// Into a slot, and from there to their place.
-    Staged(Copy),
+    /// Into a slot, and from there to their places: which of the plan's copies. None if only the checksum is wanted.
+    Staged(Range<u32>),
 }
 
 /// Rows that lie in a slot at a distance and go to a region one behind the other.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Copy {
+    /// Which region.
+    pub region: u32,
     /// Offset of the first row in the slot.
     pub slot_offset: u32,
     /// Offset in the region.
@@ -70,7 +76,7 @@ pub struct Copy {
 impl Move {
     /// The pieces of this read that get a checksum of their own, as ranges of the file: it is cut at the chunk
     /// boundaries of the file.
-    pub fn pieces(&self) -> impl Iterator<Item = std::ops::Range<u64>> + use<> {
+    pub fn pieces(&self) -> impl Iterator<Item = Range<u64>> + use<> {
         let end = self.offset + u64::from(self.expect_bytes);
         let mut at = self.offset;
         std::iter::from_fn(move || {
@@ -100,7 +106,29 @@ pub fn moves(layout: &Layout, files: &[u64], parts: &[u64], block_bytes: u64) ->
 }
 
 impl Plan {
-    fn push(&mut self, file: u32, file_bytes: u64, offset: u64, read_end: u64, target: Target) -> Option<()> {
+    /// Adds a copy; → its place, as a target takes it. There are never more copies than moves here.
+    fn copy(&mut self, copy: Copy) -> Option<Range<u32>> {
+        let first = u32::try_from(self.copies.len()).ok()?;
+        self.copies.push(copy);
+        Some(first..first + 1)
+    }
+
+    /// What is copied from the slot of a move. Nothing for one that lands in place.
+    pub fn copies_of(&self, step: &Move) -> &[Copy] {
+        match &step.target {
+            Target::Staged(range) => &self.copies[range.start as usize..range.end as usize],
+            Target::Direct { .. } => &[],
+        }
+    }
+
+    pub(super) fn push(
+        &mut self,
+        file: u32,
+        file_bytes: u64,
+        offset: u64,
+        read_end: u64,
+        target: Target,
+    ) -> Option<()> {
         if self.moves.len() >= MOVES_MAX {
             return None;
         }
@@ -162,8 +190,16 @@ fn staged(plan: &mut Plan, extent: &Extent, file_bytes: u64, block_bytes: u64) -
         let last_end = start + (count - 1) * runs.stride + runs.bytes;
         let read_end = last_end.checked_next_multiple_of(BLOCK_ALIGN)?;
         let slot_offset = u32::try_from(start - offset).ok()?;
-        let copy = Copy { slot_offset, region_offset: place, bytes: runs.bytes, stride: runs.stride, count };
-        plan.push(extent.file, file_bytes, offset, read_end, Target::Staged(copy))?;
+        let copy = Copy {
+            region: 0,
+            slot_offset,
+            region_offset: place,
+            bytes: runs.bytes,
+            stride: runs.stride,
+            count,
+        };
+        let copies = plan.copy(copy)?;
+        plan.push(extent.file, file_bytes, offset, read_end, Target::Staged(copies))?;
         place += count * runs.bytes;
         row += count;
     }
@@ -185,9 +221,11 @@ fn one_row(
         let next = end.min((at / block_bytes + 1) * block_bytes);
         let bytes = next - at;
         let slot_offset = u32::try_from(at - offset).ok()?;
-        let copy = Copy { slot_offset, region_offset: place + (at - start), bytes, stride: bytes, count: 1 };
+        let region_offset = place + (at - start);
+        let copies =
+            plan.copy(Copy { region: 0, slot_offset, region_offset, bytes, stride: bytes, count: 1 })?;
         let read_end = next.checked_next_multiple_of(BLOCK_ALIGN)?;
-        plan.push(extent.file, file_bytes, offset, read_end, Target::Staged(copy))?;
+        plan.push(extent.file, file_bytes, offset, read_end, Target::Staged(copies))?;
         at = next;
     }
     Some(())

@@ -47,18 +47,24 @@ fn execute(layout: &Layout, files: &[u64]) -> (Vec<u8>, Plan) {
                     }
                 }
             }
-            Target::Staged(copy) => {
-                for row in 0..copy.count {
-                    let from = (u64::from(copy.slot_offset) + row * copy.stride) as usize;
-                    let to = (copy.region_offset + row * copy.bytes) as usize;
-                    let row = &bytes[from..from + copy.bytes as usize];
-                    region[to..to + row.len()].copy_from_slice(row);
+            Target::Staged(_) => {
+                for copy in plan.copies_of(step) {
+                    carry_out(copy, &bytes, &mut region);
                 }
             }
         }
     }
     assert_eq!(plan.checks, checks);
     (region, plan)
+}
+
+fn carry_out(copy: &Copy, slot: &[u8], region: &mut [u8]) {
+    for row in 0..copy.count {
+        let from = (u64::from(copy.slot_offset) + row * copy.stride) as usize;
+        let to = (copy.region_offset + row * copy.bytes) as usize;
+        let row = &slot[from..from + copy.bytes as usize];
+        region[to..to + row.len()].copy_from_slice(row);
+    }
 }
 
 fn tensor(file: u32, offset: u64, nbytes: u64, element_align: u64) -> Tensor {
@@ -160,4 +166,80 @@ fn absurd_sizes_are_refused_not_wrapped() {
     assert_eq!(layout(&[u64::MAX, u64::MAX], &[], None), None);
     let one = layout(&[3 << 20], &[], None).unwrap();
     assert_eq!(moves(&one, &[3 << 20], &[PART], BLOCK), None, "parts too small");
+}
+
+/// Fills the regions of `layouts` by one plan, and checks what every such plan must hold.
+fn execute_scatter(layouts: &[Layout], files: &[u64]) -> (Vec<Vec<u8>>, Plan) {
+    let plan = scatter(layouts, files, BLOCK).unwrap();
+    let mut regions: Vec<Vec<u8>> =
+        layouts.iter().map(|layout| vec![0; usize::try_from(layout.bytes).unwrap()]).collect();
+    let mut last = (0, 0);
+    for step in &plan.moves {
+        let end = step.offset + u64::from(step.expect_bytes);
+        assert!(step.offset % BLOCK_ALIGN == 0 && u64::from(step.read_bytes) % BLOCK_ALIGN == 0);
+        assert!(u64::from(step.read_bytes) <= BLOCK && end <= files[step.file as usize]);
+        assert!((step.file, step.offset) >= last, "a byte is read twice");
+        last = (step.file, end);
+        let slot: Vec<u8> = (step.offset..end).map(|at| byte(step.file, at)).collect();
+        for copy in plan.copies_of(step) {
+            carry_out(copy, &slot, &mut regions[copy.region as usize]);
+        }
+    }
+    (regions, plan)
+}
+
+fn bytes_of(file: u32, runs: &Runs) -> Vec<u8> {
+    let rows = (0..runs.count).map(|row| runs.offset + row * runs.stride);
+    rows.flat_map(|start| (start..start + runs.bytes).map(move |at| byte(file, at))).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn tensors_for_a_gpu_are_aligned_and_whole_and_the_header_is_read(
+        sizes in prop::collection::vec(0u64..(3 << 20), 1..6), header in 8u64..5000, plain in 0u64..(2 << 20)
+    ) {
+        let mut offset = header;
+        let tensors: Vec<_> = sizes.iter().map(|nbytes| {
+            offset += nbytes;
+            tensor(0, offset - nbytes, *nbytes, 1)
+        }).collect();
+        let files = [offset, plain];
+        let layout = packed(&files, &tensors, None).unwrap();
+        let (regions, plan) = execute_scatter(std::slice::from_ref(&layout), &files);
+        prop_assert_eq!(plan.bytes, offset + plain);
+        for (placed, tensor) in layout.tensors.iter().zip(&tensors) {
+            prop_assert_eq!(placed.offset % TENSOR_ALIGN, 0);
+            let runs = Runs { offset: tensor.offset, bytes: tensor.nbytes, stride: tensor.nbytes, count: 1 };
+            let range = placed.offset as usize..(placed.offset + placed.nbytes) as usize;
+            prop_assert!(regions[0][range] == bytes_of(0, &runs)[..]);
+        }
+        let place = layout.files[1].unwrap() as usize;
+        let plain_runs = Runs { offset: 0, bytes: plain, stride: plain, count: 1 };
+        let found = &regions[0][place..place + plain as usize];
+        prop_assert!(found == &bytes_of(1, &plain_runs)[..]);
+        prop_assert_eq!(layout.files[0], None);
+    }
+
+    #[test]
+    fn ranks_get_their_slices_from_one_read_of_each_byte(
+        ranks in 1u64..5, rows in 1u64..400, row_bytes in 1u64..9000, offset in 0u64..10_000, only in 0u64..5
+    ) {
+        // Each rank wants its part of every row: cut along the inner dimension.
+        let whole = row_bytes * ranks;
+        let file = offset + rows * whole;
+        let tensors = [tensor(0, offset, rows * whole, 1)];
+        let layouts: Vec<_> = (0..ranks).filter(|rank| only == 0 || rank % only == 0).map(|rank| {
+            let runs = Runs { offset: offset + rank * row_bytes, bytes: row_bytes, stride: whole, count: rows };
+            let pick = Pick { tensor: 0, shape: vec![rows, row_bytes], runs: runs.clone() };
+            (packed(&[file], &tensors, Some(&[pick])).unwrap(), runs)
+        }).collect();
+        let (layouts, runs): (Vec<_>, Vec<_>) = layouts.into_iter().unzip();
+        let (regions, plan) = execute_scatter(&layouts, &[file]);
+        prop_assert!(plan.bytes <= file);
+        for (region, runs) in regions.iter().zip(&runs) {
+            prop_assert!(region[..(rows * row_bytes) as usize] == bytes_of(0, runs)[..]);
+        }
+    }
 }

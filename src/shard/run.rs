@@ -399,8 +399,9 @@ impl<'a, R: Reader> Runner<'a, R> {
             batch.checks[step.first_check as usize + number].store(sum, Ordering::Release);
         }
         self.spent(batch, Phase::Checksum, lap(&mut clock));
-        if let Target::Staged(copy) = &step.target {
-            if copy_rows(batch, copy, span.as_slice()).is_none() {
+        if let Target::Staged(_) = &step.target {
+            let mut copies = batch.plan.copies_of(step).iter();
+            if copies.any(|copy| copy_rows(batch, copy, span.as_slice()).is_none()) {
                 batch.progress.fail(Error::new(Code::Internal, "a staged row has no place in its region"));
             }
             self.spent(batch, Phase::Copy, lap(&mut clock));
