@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod copy;
+pub mod cuda;
 pub mod identity;
 pub mod lease;
 pub mod map;
