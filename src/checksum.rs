@@ -8,6 +8,14 @@ pub fn chunk(bytes: &[u8]) -> u64 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes)
 }
 
+/// The checksum of no bytes.
+pub const EMPTY: u64 = 0;
+
+/// The checksum of two pieces one behind the other, from that of each; the second is `bytes` long.
+pub fn combine(first: u64, second: u64, bytes: u64) -> u64 {
+    crc_fast::checksum_combine(crc_fast::CrcAlgorithm::Crc64Nvme, first, second, bytes)
+}
+
 /// The checksum of a chunk that comes in pieces.
 #[derive(Debug)]
 pub struct Running(crc_fast::Digest);
@@ -32,6 +40,14 @@ impl Running {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn pieces_combine() {
+        let (first, second) = (super::chunk(b"1234"), super::chunk(b"56789"));
+        assert_eq!(super::combine(first, second, 5), super::chunk(b"123456789"));
+        assert_eq!(super::combine(super::EMPTY, first, 4), first);
+        assert_eq!(super::chunk(b""), super::EMPTY);
+    }
+
     #[test]
     fn is_crc64_nvme() {
         // The check value of the NVM Express specification.

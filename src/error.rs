@@ -155,6 +155,7 @@ codes! {
     ClientConnect = "client.connect", Unavailable, true;
     ClientDisconnected = "client.disconnected", Unavailable, true;
     ClientProtocol = "client.protocol", Internal, false;
+    ClientDevice = "client.device", Unavailable, false;
     ClientMap = "client.map", Internal, false;
     ConfigUnreadable = "config.unreadable", Usage, false;
     ConfigInvalid = "config.invalid", Usage, false;
@@ -163,6 +164,8 @@ codes! {
     DaemonSocketInUse = "daemon.socket_in_use", Unavailable, false;
     DaemonListen = "daemon.listen", Unavailable, false;
     DaemonStart = "daemon.start", Unavailable, false;
+    DeviceCopyFailed = "device.copy_failed", Unavailable, true;
+    DeviceLost = "device.lost", Unavailable, false;
     DeviceUnavailable = "device.unavailable", Unavailable, false;
     IdentityCannotActAs = "identity.cannot_act_as", Denied, false;
     IdentityUnknown = "identity.unknown", Denied, false;
@@ -188,6 +191,8 @@ codes! {
     SourceFileChanged = "source.file.changed", Data, true;
     SourceFileShortRead = "source.file.short_read", Data, true;
     SourceFileIo = "source.file.io", Unavailable, true;
+    TierGpuOverBudget = "tier.gpu.over_budget", Limit, true;
+    TierGpuOutOfMemory = "tier.gpu.out_of_memory", Limit, true;
     TierHostOverBudget = "tier.host.over_budget", Limit, true;
     TierHostOutOfMemory = "tier.host.out_of_memory", Limit, true;
 }

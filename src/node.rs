@@ -8,16 +8,18 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::api::methods::{
-    Device, Features, HelloReply, HostStatus, Limits, PreloadStatus, ShardStatus, StatusReply,
+    Device, Features, GpuStatus, HelloReply, HostStatus, Limits, PreloadStatus, ShardStatus, StatusReply,
 };
 use crate::catalog::store::Store;
 use crate::config::{self, Config};
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::shard::Shard;
 use crate::source::file::Roots;
 use crate::sys::identity::Tenant;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
+use crate::tier::DeviceId;
+use crate::tier::gpu::Gpu;
 use crate::tier::residency::{Residency, Viewer};
 use crate::topology::Topology;
 use crate::transfer::{self, HeaderGate, Jobs};
@@ -50,6 +52,8 @@ pub struct Node {
     /// Leases held by connections.
     pub leases: Cell<u32>,
     pub(crate) features: Features,
+    /// Why no GPU is used, if none is.
+    pub(crate) no_gpus: Option<String>,
     pub(crate) shard_devices: Vec<Vec<String>>,
     pub(crate) preload: RefCell<Vec<PreloadStatus>>,
     pub(crate) config: RefCell<Rc<Config>>,
@@ -90,14 +94,67 @@ impl Node {
                 leases_max: limits.leases_per_connection_max,
                 fds_max: limits.fds_per_message_max,
             },
-            devices: vec![Device {
-                device: "host".to_owned(),
-                budget_bytes: self.residency.host().budget(),
-                used_bytes: self.residency.host().account().total(),
-                pages: self.features.pages.clone(),
-            }],
+            devices: self.devices(),
             features: self.features.clone(),
         }
+    }
+
+    fn devices(&self) -> Vec<Device> {
+        let host = Device {
+            device: "host".to_owned(),
+            budget_bytes: self.residency.host().budget(),
+            used_bytes: self.residency.host().account().total(),
+            pages: self.features.pages.clone(),
+            name: None,
+            pci_address: None,
+            lost: None,
+        };
+        let gpus = self.residency.gpus().iter().map(|gpu| Device {
+            device: gpu.name(),
+            budget_bytes: gpu.budget(),
+            used_bytes: gpu.account().total(),
+            pages: "device".to_owned(),
+            name: Some(gpu.context().device().name.clone()),
+            pci_address: gpu.context().device().pci_address.clone(),
+            lost: gpu.lost().then(|| gpu.lost_error().message),
+        });
+        std::iter::once(host).chain(gpus).collect()
+    }
+
+    /// All devices in use.
+    pub fn device_ids(&self) -> impl Iterator<Item = DeviceId> + use<> {
+        let gpus = (0..self.residency.gpus().len()).map(DeviceId::Gpu);
+        std::iter::once(DeviceId::Host).chain(gpus)
+    }
+
+    /// The device that a client means: `host`, `gpu:GPU-<uuid>`, `gpu:MIG-<uuid>` or `gpu:<index>`.
+    pub fn device(&self, name: &str) -> Result<DeviceId> {
+        let Some(gpu) = name.strip_prefix("gpu:") else {
+            return match name {
+                "host" => Ok(DeviceId::Host),
+                other => {
+                    let message =
+                        format!("{other:?} is no device: write host, gpu:GPU-<uuid> or gpu:<index>");
+                    Err(Error::new(Code::ApiBadParams, message))
+                }
+            };
+        };
+        let gpus = self.residency.gpus();
+        let found = match gpu.parse::<usize>() {
+            Ok(index) => (index < gpus.len()).then_some(index),
+            Err(_) => gpus.iter().position(|known| known.context().device().uuid == gpu),
+        };
+        let Some(index) = found else {
+            let message = match &self.no_gpus {
+                Some(why) => format!("{name} is not available: {why}"),
+                None => {
+                    let known: Vec<_> = gpus.iter().map(|gpu| gpu.name()).collect();
+                    format!("{name} is not available: this daemon uses {}", known.join(", "))
+                }
+            };
+            return Err(Error::new(Code::DeviceUnavailable, message));
+        };
+        if gpus[index].lost() { Err(gpus[index].lost_error()) } else { Ok(DeviceId::Gpu(index)) }
     }
 
     /// The reply to `node.status`. The preload list names paths, so it is for those who may look at everyone.
@@ -121,6 +178,7 @@ impl Node {
                 pages: self.features.pages.clone(),
                 pages_reason: self.features.pages_reason.clone(),
             },
+            gpus: self.residency.gpus().iter().map(|gpu| gpu_status(gpu)).collect(),
             shards: options
                 .zip(self.shards.iter().zip(&self.shard_devices))
                 .map(|(options, (shard, devices))| ShardStatus {
@@ -143,5 +201,18 @@ impl Node {
     /// The reply to `node.topology`, read anew.
     pub async fn topology(&self) -> Result<Topology> {
         transfer::blocking(|| Ok(Topology::read(Path::new("/")))).await
+    }
+}
+
+fn gpu_status(gpu: &Gpu) -> GpuStatus {
+    gpu.look_at_held();
+    let account = gpu.account();
+    GpuStatus {
+        device: gpu.name(),
+        name: gpu.context().device().name.clone(),
+        budget_bytes: gpu.budget(),
+        resident_bytes: account.regions,
+        held_bytes: account.held,
+        lost: gpu.lost(),
     }
 }

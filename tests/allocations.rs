@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use lodestream::plan;
-use lodestream::shard::{Assignment, Batch, BatchFile, Landing, Options, Part, ReaderKind, Shard};
+use lodestream::shard::{Assignment, Batch, BatchFile, Landing, Options, Part, ReaderKind, Regions, Shard};
 use lodestream::sys::mem::Memory;
 use lodestream::sys::pages::PageKind;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
@@ -34,7 +34,7 @@ fn allocations(shard: &Shard, path: &std::path::Path, mib: u64) -> usize {
     let plan = plan::moves(&layout, &[bytes], &[bytes], MIB).unwrap();
     assert_eq!(plan.moves.len() as u64, mib);
     let memory = Arc::new(Memory::new(bytes, PageKind::Small).unwrap());
-    let parts = vec![Part { memory, populated: false }];
+    let parts = Regions::Host(vec![Part { memory, populated: false }]);
     let batch = Arc::new(Batch::new(plan, vec![file], parts, Arc::default()));
     let (home, mut back) = mpsc::channel(1);
     let moves = std::iter::once(0..mib as u32).collect();
@@ -61,6 +61,7 @@ fn more_bytes_take_no_more_allocations() {
         slots: 16,
         cpus: Vec::new(),
         page_cache: false,
+        devices: Vec::new(),
     });
     let shard = shard.unwrap();
     allocations(&shard, &path, 8);

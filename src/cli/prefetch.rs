@@ -56,6 +56,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
             source: opened.source.clone(),
             device: args.device.clone(),
             select: (!args.select.is_empty()).then(|| args.select.clone()),
+            targets: Vec::new(),
             priority: args.priority,
             deadline_ms: args.deadline,
             detach: args.detach || args.no_wait,

@@ -35,6 +35,18 @@ fn text(status: &StatusReply) -> String {
         bytes(host.staging_bytes),
         bytes(host.budget_bytes),
     );
+    for gpu in &status.gpus {
+        let _ = writeln!(
+            out,
+            "gpu       {} {}: {} resident, {} held by clients after eviction, budget {}{}",
+            gpu.device,
+            gpu.name,
+            bytes(gpu.resident_bytes),
+            bytes(gpu.held_bytes),
+            bytes(gpu.budget_bytes),
+            if gpu.lost { ", LOST" } else { "" },
+        );
+    }
     let _ = writeln!(out, "pages     {}{}", host.pages, because(&host.pages_reason));
     let _ = writeln!(out, "reader    {}{}", status.features.reader, because(&status.features.reader_reason));
     for shard in &status.shards {

@@ -14,12 +14,14 @@ use std::time::Instant;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use attached::{Attached, TensorRef, Timings};
+use attached::Contexts;
+pub use attached::{Attached, Data, Region, TensorRef, Timings};
 use connection::Connection;
 
 use crate::api::methods::*;
 use crate::api::wire::ErrorObject;
 use crate::error::{Code, Error, Result};
+use crate::sys::cuda::CudaError;
 use crate::topology::Topology;
 
 /// What can go wrong on this side of the socket, and what the daemon answered.
@@ -42,6 +44,9 @@ pub enum ClientError {
     /// What the daemon sent cannot be mapped.
     #[error("cannot map what the daemon sent: {0}")]
     Map(String),
+    /// The driver of a GPU refused a call.
+    #[error("the GPU cannot be used here: {0}")]
+    Device(CudaError),
     /// The request names another number of files than go with it.
     #[error("the source says {said} files, but {given} are sent with it")]
     Files {
@@ -63,6 +68,7 @@ impl ClientError {
             ClientError::Disconnected(_) => Code::ClientDisconnected,
             ClientError::Protocol(_) => Code::ClientProtocol,
             ClientError::Map(_) => Code::ClientMap,
+            ClientError::Device(_) => Code::ClientDevice,
             ClientError::Files { .. } => Code::SourceFdsInvalid,
             ClientError::Refused(error) => error.code,
         }
@@ -105,6 +111,7 @@ pub type Progress<'a> = &'a mut dyn FnMut(&JobInfo);
 #[derive(Debug)]
 pub struct Client {
     connection: Connection,
+    contexts: Contexts,
 }
 
 impl Client {
@@ -113,7 +120,7 @@ impl Client {
     /// # Errors
     /// `client.connect`.
     pub fn connect(path: &Path) -> Result<Client> {
-        Ok(Client { connection: Connection::open(path)? })
+        Ok(Client { connection: Connection::open(path)?, contexts: Contexts::new() })
     }
 
     /// `hello`: picks the API version and says who and what the daemon is.
@@ -157,7 +164,7 @@ impl Client {
         let begin = Instant::now();
         let (reply, fds): (AttachReply, _) = self.send("artifact.attach", request, files, progress)?;
         let lease = reply.lease;
-        match Attached::map(reply, fds, begin) {
+        match Attached::map(reply, fds, begin, &mut self.contexts) {
             Ok(attached) => Ok(attached),
             Err(error) => {
                 // The first error is the one to report; if this one fails too, the connection is gone and the
@@ -166,6 +173,35 @@ impl Client {
                 Err(error.into())
             }
         }
+    }
+
+    /// Gives up the memory on GPUs of what is attached, and its lease. The addresses stay, for [`Client::wake`].
+    ///
+    /// # Errors
+    /// `lease.not_found` if the lease was released before; the memory is given up all the same.
+    pub fn sleep(&mut self, attached: &mut Attached) -> Result<()> {
+        attached.sleep();
+        self.release(attached.lease())
+    }
+
+    /// Attaches again what sleeps, at the same addresses on its GPU. `request` is the one that it was attached by.
+    ///
+    /// # Errors
+    /// The daemon's; `client.map` if the artifact is another now; `client.device`. What sleeps goes on sleeping.
+    pub fn wake(
+        &mut self,
+        attached: &mut Attached,
+        request: &AttachRequest,
+        files: &[BorrowedFd<'_>],
+        progress: Progress<'_>,
+    ) -> Result<()> {
+        check_files(request.source.as_ref(), files)?;
+        let (reply, fds): (AttachReply, _) = self.send("artifact.attach", request, files, progress)?;
+        let lease = reply.lease;
+        attached.take_in(reply, fds).map_err(|error| {
+            let _ = self.release(lease);
+            error.into()
+        })
     }
 
     /// `artifact.list`.

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use super::flags::{self, ServeArgs};
 use super::layers::{Environment, Layers, start_of};
 use super::origin::{Given, Origin};
-use super::raw::{RawConfig, RawDataPlane, RawHost, RawLimits, RawLog, RawPreload};
+use super::raw::{RawConfig, RawDataPlane, RawGpu, RawHost, RawLimits, RawLog, RawPreload};
 use super::size::Size;
 use super::{
-    Config, ConfigError, DataPlane, Host, Landing, Limits, Log, LogFormat, PageCache, Pages, Preload, Reader,
-    level, size,
+    Config, ConfigError, DataPlane, Gpu, Host, Landing, Limits, Log, LogFormat, PageCache, Pages, Preload,
+    Reader, level, size,
 };
 
 const KIB: u64 = 1 << 10;
@@ -102,6 +102,7 @@ pub(super) fn load(
             0..=86_400_000,
         )?,
         host: host(&layers, args, raw.host, default.host, machine)?,
+        gpu: gpu(&layers, args, raw.gpu, default.gpu)?,
         data_plane: data_plane(&layers, args, raw.data_plane, default.data_plane)?,
         limits: limits(&layers, raw.limits, default.limits)?,
         preload,
@@ -199,6 +200,21 @@ fn host(
             default.reserve_huge_pages,
         )?,
     })
+}
+
+fn gpu(layers: &Layers<'_>, args: &ServeArgs, raw: RawGpu, default: Gpu) -> Result<Gpu, ConfigError> {
+    let budget = layers.any(flags::GPU_BUDGET, args.gpu_budget.as_ref(), raw.budget_bytes)?;
+    let budget_bytes = match budget {
+        Some(budget) => budget.size(&(0..=i64::MAX.unsigned_abs()))?,
+        None => default.budget_bytes,
+    };
+    let devices = layers.file_list("gpu.devices", raw.devices);
+    let devices = bounded(devices)?;
+    let devices = devices.iter().map(|given| {
+        let known = ["GPU-", "MIG-"].iter().any(|prefix| given.text.starts_with(prefix));
+        if known { Ok(given.text.clone()) } else { Err(given.invalid("a UUID such as GPU-… or MIG-…")) }
+    });
+    Ok(Gpu { budget_bytes: whole_huge_pages(budget_bytes), devices: devices.collect::<Result<_, _>>()? })
 }
 
 fn data_plane(

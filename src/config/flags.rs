@@ -35,6 +35,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE")]
     pub ready_pool: Option<String>,
 
+    /// Most memory of each GPU for resident artifacts; 0 leaves GPUs alone [env: LODESTREAM_GPU_BUDGET]
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_budget: Option<String>,
+
     /// Where manifests are kept from one run to the next [env: LODESTREAM_STATE_DIR]
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<String>,
@@ -100,6 +104,7 @@ names! {
     METRICS_LISTEN: "metrics_listen", "--metrics-listen", "LODESTREAM_METRICS_LISTEN";
     HOST_BUDGET: "host.budget_bytes", "--host-budget", "LODESTREAM_HOST_BUDGET";
     READY_POOL: "host.ready_pool_bytes", "--ready-pool", "LODESTREAM_READY_POOL";
+    GPU_BUDGET: "gpu.budget_bytes", "--gpu-budget", "LODESTREAM_GPU_BUDGET";
     PAGES: "host.pages", "--pages", "LODESTREAM_PAGES";
     RESERVE_HUGE_PAGES: "host.reserve_huge_pages", "--reserve-huge-pages", "LODESTREAM_RESERVE_HUGE_PAGES";
     READER: "data_plane.reader", "--reader", "LODESTREAM_READER";

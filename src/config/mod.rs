@@ -49,6 +49,8 @@ pub struct Config {
     pub drain_timeout_ms: u64,
     /// The host tier.
     pub host: Host,
+    /// The memory of GPUs.
+    pub gpu: Gpu,
     /// The data-plane threads.
     pub data_plane: DataPlane,
     /// Limits on what comes from outside.
@@ -74,6 +76,16 @@ pub struct Host {
     pub pages: Pages,
     /// Whether the daemon may raise the kernel's number of huge pages (`vm.nr_hugepages`) up to its budget.
     pub reserve_huge_pages: bool,
+}
+
+/// The memory of GPUs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Gpu {
+    /// Most bytes that regions, and memory still held by importers, take together on each device. 0: GPUs are left alone.
+    #[serde(serialize_with = "size::serialize")]
+    pub budget_bytes: u64,
+    /// UUIDs (`GPU-…`, `MIG-…`) of the devices to use. Empty: all that the driver shows.
+    pub devices: Vec<String>,
 }
 
 /// Which pages the host tier uses.
@@ -309,6 +321,7 @@ impl Default for Config {
                 pages: Pages::Auto,
                 reserve_huge_pages: false,
             },
+            gpu: Gpu { budget_bytes: 0, devices: Vec::new() },
             data_plane: DataPlane {
                 reader: Reader::Auto,
                 block_bytes: MIB,

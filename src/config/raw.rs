@@ -67,6 +67,7 @@ table!(RawConfig {
     metrics_timeout_ms: Field,
     drain_timeout_ms: Field,
     host: RawHost,
+    gpu: RawGpu,
     data_plane: RawDataPlane,
     limits: RawLimits,
     preload: Option<Vec<Spanned<RawPreload>>>,
@@ -75,6 +76,8 @@ table!(RawConfig {
 });
 
 table!(RawHost { budget_bytes: Field, ready_pool_bytes: Field, pages: Field, reserve_huge_pages: Field });
+
+table!(RawGpu { budget_bytes: Field, devices: Field<Vec<Scalar>> });
 
 table!(RawDataPlane {
     reader: Field,

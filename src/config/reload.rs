@@ -9,6 +9,7 @@ use super::Config;
 /// Keys that SIGHUP and `admin.reload` put into effect. A name that ends in a dot is a whole table.
 const RELOADABLE: &[&str] = &[
     "drain_timeout_ms",
+    "gpu.budget_bytes",
     "host.budget_bytes",
     "host.ready_pool_bytes",
     "limits.",

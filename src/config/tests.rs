@@ -322,6 +322,7 @@ fn configs() -> impl Strategy<Value = Config> {
                 pages,
                 reserve_huge_pages: truth,
             },
+            gpu: Gpu { budget_bytes: pool * 2 * MIB, devices: vec!["GPU-1".to_owned()] },
             data_plane: DataPlane {
                 reader,
                 block_bytes: block * MIB,

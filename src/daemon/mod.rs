@@ -3,6 +3,7 @@
 //! Start: socket and metrics listener (so that a mistake shows at once), page kinds, memory, shard threads, jobs,
 //! server, preload list. Drain: readiness, no new connections, jobs until the timeout, connections, memory, threads.
 
+mod gpus;
 mod preload;
 mod publish;
 mod shards;
@@ -142,9 +143,11 @@ async fn serve(
     });
     let store = store.transpose()?.map(Arc::new);
     let host = Host::new(&config.host, choice);
-    let residency = Residency::new(Rc::clone(&host));
+    let (gpus, no_gpus) = gpus::open(&config.gpu)?;
+    let contexts: Vec<_> = gpus.iter().map(|gpu| Arc::clone(gpu.context())).collect();
+    let residency = Residency::new(Rc::clone(&host), gpus);
     let topology = Topology::read(std::path::Path::new("/"));
-    let plane = shards::start(&config.data_plane, reader, topology)?;
+    let plane = shards::start(&config.data_plane, reader, topology, &contexts)?;
     let shards = Rc::new(plane.shards);
     let headers = Rc::new(HeaderGate::default());
     let jobs = Jobs::new(
@@ -169,6 +172,7 @@ async fn serve(
         connections: Cell::new(0),
         leases: Cell::new(0),
         features,
+        no_gpus,
         shard_devices: plane.devices,
         preload: RefCell::default(),
         config: RefCell::new(Rc::clone(&config)),
@@ -222,6 +226,11 @@ async fn serve(
     let freed = async {
         while node.residency.host().account().freeing > 0 {
             host.changed().await
+        }
+        for gpu in node.residency.gpus() {
+            while gpu.account().freeing > 0 {
+                gpu.changed().await
+            }
         }
     };
     if tokio::time::timeout(FREE_TIMEOUT, freed).await.is_err() {
@@ -291,6 +300,7 @@ fn reconfigure(args: &ServeArgs, node: &Node, log: &LogControl) -> bool {
             ready_pool_bytes: after.host.ready_pool_bytes,
             ..before.host.clone()
         },
+        gpu: crate::config::Gpu { budget_bytes: after.gpu.budget_bytes, ..before.gpu.clone() },
         drain_timeout_ms: after.drain_timeout_ms,
         preload: after.preload,
         ready_after_preload: after.ready_after_preload,
@@ -300,6 +310,9 @@ fn reconfigure(args: &ServeArgs, node: &Node, log: &LogControl) -> bool {
         tracing::error!(%error, "the log level stays");
     }
     node.residency.host().resize(&merged.host);
+    for gpu in node.residency.gpus() {
+        gpu.resize(merged.gpu.budget_bytes);
+    }
     node.jobs.reconfigure(Rc::clone(&merged));
     let preload = merged.preload != before.preload;
     *node.config.borrow_mut() = merged;

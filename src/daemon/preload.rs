@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use crate::api::methods::{ErrorData, JobState, PreloadStatus};
 use crate::config::Preload;
-use crate::error::{Code, Error, Result};
+use crate::error::{Error, Result};
 use crate::json::shown;
 use crate::node::Node;
 use crate::sys::identity::Tenant;
 use crate::telemetry::readiness::State;
-use crate::transfer::{self, Claim, Name, Wanted};
+use crate::transfer::{self, Claim, Name, Target, Wanted};
 
 /// Makes the list resident, one after the other, so that each has the whole bandwidth. Ready when all are.
 pub(super) async fn run(node: Rc<Node>) {
@@ -59,20 +59,23 @@ fn set(node: &Node, number: usize, state: JobState, error: Option<Error>) {
 
 /// Loads one entry with the daemon's own rights, and pins it if so configured.
 async fn load(node: &Rc<Node>, entry: &Preload) -> Result<()> {
-    if entry.device != "host" {
-        let message = format!("{} is not available: this daemon has the host tier only", entry.device);
-        return Err(Error::new(Code::DeviceUnavailable, message));
-    }
+    let device = node.device(&entry.device)?;
     let (roots, limits, uri) = (Arc::clone(&node.roots), node.config().limits.clone(), entry.source.clone());
     let tenant = Tenant { uid: node.own_uid, gid: rustix::process::getegid().as_raw(), groups: Vec::new() };
     let uid = tenant.uid;
     let files = transfer::blocking(move || roots.open_artifact(&uri, &tenant, &limits)).await?;
     let origin = Some(entry.source.strip_prefix("file://").unwrap_or(&entry.source).to_owned());
     let name = Name { source: shown(&entry.source), origin, device: entry.device.clone() };
-    let wanted = Wanted { files, name, select: None, priority: entry.priority, tenant: uid };
-    let Claim { hold, job } = node.jobs.want(wanted, None, None)?;
+    let wanted = Wanted {
+        files,
+        name,
+        targets: vec![Target { device, select: None }],
+        priority: entry.priority,
+        tenant: uid,
+    };
+    let Claim { holds, job } = node.jobs.want(wanted, None, None)?;
     if entry.pin {
-        node.residency.pin(hold.id(), uid)?;
+        holds.iter().try_for_each(|hold| node.residency.pin(hold.id(), uid))?;
     }
     if let Some((job, _interest)) = job {
         job.ended().await;

@@ -10,6 +10,7 @@ use crate::shard::{Path, Phase};
 use crate::telemetry::http::Collections;
 use crate::telemetry::labels::{OpenJob, Source};
 use crate::telemetry::metrics::{DeviceMetrics, ReadMetrics, ShardMetrics};
+use crate::tier::DeviceId;
 use crate::tier::residency::Eviction;
 
 /// Publishes as long as pages are served.
@@ -25,7 +26,8 @@ pub(super) async fn run(node: Rc<Node>, mut collections: Collections) {
 /// Handles of the metrics, and what was published before.
 struct Publisher {
     reads: ReadMetrics,
-    host: DeviceMetrics,
+    /// The host tier, then the GPUs.
+    devices: Vec<DeviceMetrics>,
     shards: Vec<(ShardMetrics, Before)>,
 }
 
@@ -47,36 +49,51 @@ impl Publisher {
             (0..node.shards.len() as u32).map(|index| (node.metrics.shard(index), Before::default()));
         Publisher {
             reads: node.metrics.reads(Source::File),
-            host: node.metrics.device("host"),
+            devices: node
+                .device_ids()
+                .map(|id| node.metrics.device(&node.residency.device_name(id)))
+                .collect(),
             shards: shards.collect(),
         }
     }
 
     fn publish(&mut self, node: &Node) {
-        self.publish_host(node);
+        self.publish_devices(node);
         self.publish_shards(node);
         let open = |state| node.jobs.list(None).iter().filter(|job| job.state() == state).count() as i64;
         node.metrics.jobs(OpenJob::Queued).set(open(JobState::Queued));
         node.metrics.jobs(OpenJob::Running).set(open(JobState::Running));
     }
 
-    fn publish_host(&self, node: &Node) {
+    fn publish_devices(&self, node: &Node) {
         let host = node.residency.host();
-        let account = host.account();
-        node.metrics.pool_bytes.set(account.pool as i64);
-        self.host.resident_bytes.set(account.regions as i64);
-        self.host.held_bytes.set(account.held as i64);
-        self.host.budget_bytes.set(host.budget() as i64);
-        let states = node.residency.list(None, |entry| entry.state_name());
-        let count = |name| states.iter().filter(|state| **state == name).count() as i64;
-        self.host.loading.set(count("loading"));
-        self.host.resident.set(count("resident"));
-        self.host.stale.set(count("stale"));
-        for eviction in node.residency.take_evictions() {
+        node.metrics.pool_bytes.set(host.account().pool as i64);
+        let states = node.residency.list(None, |entry| (entry.key.device, entry.state_name()));
+        for (id, metrics) in node.device_ids().zip(&self.devices) {
+            let (resident, held, budget) = match id {
+                DeviceId::Host => (host.account().regions, host.account().held, host.budget()),
+                DeviceId::Gpu(index) => {
+                    let gpu = &node.residency.gpus()[index];
+                    gpu.look_at_held();
+                    (gpu.account().regions, gpu.account().held, gpu.budget())
+                }
+            };
+            metrics.resident_bytes.set(resident as i64);
+            metrics.held_bytes.set(held as i64);
+            metrics.budget_bytes.set(budget as i64);
+            let count = |name| states.iter().filter(|state| **state == (id, name)).count() as i64;
+            metrics.loading.set(count("loading"));
+            metrics.resident.set(count("resident"));
+            metrics.stale.set(count("stale"));
+        }
+        for (id, eviction) in node.residency.take_evictions() {
+            let place = node.device_ids().position(|known| known == id);
+            let Some(metrics) = place.and_then(|place| self.devices.get(place)) else { continue };
             match eviction {
-                Eviction::Budget => self.host.evicted_for_budget.inc(),
-                Eviction::Request => self.host.evicted_by_request.inc(),
-                Eviction::Stale => self.host.evicted_stale.inc(),
+                Eviction::Budget => metrics.evicted_for_budget.inc(),
+                Eviction::Request => metrics.evicted_by_request.inc(),
+                Eviction::Stale => metrics.evicted_stale.inc(),
+                Eviction::Lost => metrics.evicted_lost.inc(),
             };
         }
     }

@@ -2,10 +2,12 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::config::{self, DataPlane, PageCache};
 use crate::error::Result;
 use crate::shard::{Landing, Options, ReaderKind, Shard};
+use crate::sys::cuda::Context;
 use crate::topology::Topology;
 use crate::transfer::{Lane, LaneOf};
 
@@ -18,7 +20,12 @@ pub(super) struct Plane {
 }
 
 /// Starts one shard thread for each NVMe drive (or as many as are configured), near its drive.
-pub(super) fn start(config: &DataPlane, reader: ReaderKind, topology: Topology) -> Result<Plane> {
+pub(super) fn start(
+    config: &DataPlane,
+    reader: ReaderKind,
+    topology: Topology,
+    gpus: &[Arc<Context>],
+) -> Result<Plane> {
     let nvme = topology.drives.iter().filter(|drive| drive.nvme_controller.is_some()).count();
     let count = if config.shards == 0 { nvme.max(1) } else { config.shards as usize };
     let mut drives: Vec<_> = topology.drives.iter().collect();
@@ -46,6 +53,7 @@ pub(super) fn start(config: &DataPlane, reader: ReaderKind, topology: Topology) 
             slots: config.slots,
             cpus,
             page_cache: config.page_cache == PageCache::Auto,
+            devices: gpus.to_vec(),
         })?);
     }
     let known = RefCell::new(HashMap::new());

@@ -24,7 +24,7 @@ pub fn scatter(layouts: &[Layout], files: &[u64], block_bytes: u64) -> Option<Pl
             .collect();
         extents.sort_by_key(|(_, extent)| extent.runs.offset);
         // All of a file is read even if nobody wants its header: the digest is taken over every byte.
-        let ranges = if whole { vec![0..file_bytes] } else { cover(&extents)? };
+        let ranges = if whole { std::iter::once(0..file_bytes).collect() } else { cover(&extents)? };
         let mut coming = extents.into_iter().peekable();
         let mut active: Vec<(u32, &Extent)> = Vec::new();
         for range in ranges {

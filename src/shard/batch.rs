@@ -7,7 +7,8 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::mpsc;
 
 use crate::error::Error;
-use crate::plan::Plan;
+use crate::plan::{Move, Plan, Target};
+use crate::sys::cuda::DeviceMemory;
 use crate::sys::mem::Memory;
 
 /// How bytes arrived, as observed (invariant 10).
@@ -102,6 +103,34 @@ pub struct Part {
     pub populated: bool,
 }
 
+/// One region in the memory of a GPU that a batch fills.
+#[derive(Debug)]
+pub struct DeviceRegion {
+    /// Place of its device among those that the shard threads were started with.
+    pub device: usize,
+    /// The memory.
+    pub memory: Arc<DeviceMemory>,
+}
+
+/// What a batch fills.
+#[derive(Debug)]
+pub enum Regions {
+    /// The parts of one region of the host tier.
+    Host(Vec<Part>),
+    /// Regions on GPUs, in the order in which the plan's copies name them.
+    Devices(Vec<DeviceRegion>),
+}
+
+impl Regions {
+    /// The parts on the host tier; none on GPUs.
+    pub fn parts(&self) -> &[Part] {
+        match self {
+            Regions::Host(parts) => parts,
+            Regions::Devices(_) => &[],
+        }
+    }
+}
+
 /// What shard threads work on together.
 #[derive(Debug)]
 pub struct Batch {
@@ -110,18 +139,41 @@ pub struct Batch {
     /// What is read.
     pub files: Vec<BatchFile>,
     /// Where to.
-    pub parts: Vec<Part>,
-    /// Checksums, in the order of the plan.
+    pub regions: Regions,
+    /// Checksums of the chunks of the files, in the order of the plan.
     pub checks: Box<[AtomicU64]>,
+    /// Checksums of what each of the plan's copies puts in its place; only for GPUs, whose memory the CPU cannot read.
+    pub copy_checks: Box<[AtomicU64]>,
     /// How far it is.
     pub progress: Arc<Progress>,
 }
 
 impl Batch {
     /// A batch that has not begun.
-    pub fn new(plan: Plan, files: Vec<BatchFile>, parts: Vec<Part>, progress: Arc<Progress>) -> Batch {
-        let checks = (0..plan.checks).map(|_| AtomicU64::new(0)).collect();
-        Batch { plan, files, parts, checks, progress }
+    pub fn new(plan: Plan, files: Vec<BatchFile>, regions: Regions, progress: Arc<Progress>) -> Batch {
+        let sums = |count: usize| (0..count).map(|_| AtomicU64::new(0)).collect();
+        let copies = match regions {
+            Regions::Host(_) => 0,
+            Regions::Devices(_) => plan.copies.len(),
+        };
+        Batch {
+            checks: sums(plan.checks as usize),
+            copy_checks: sums(copies),
+            plan,
+            files,
+            regions,
+            progress,
+        }
+    }
+
+    /// Where the checksums of a move's copies go.
+    pub(super) fn copies_from(&self, step: &Move) -> &[AtomicU64] {
+        match &step.target {
+            Target::Staged(range) => {
+                self.copy_checks.get(range.start as usize..range.end as usize).unwrap_or_default()
+            }
+            Target::Direct { .. } => &[],
+        }
     }
 }
 

@@ -8,8 +8,10 @@ mod batch;
 mod preadv2;
 mod reader;
 mod run;
+mod settle;
 #[cfg(test)]
 mod tests;
+mod uplink;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,11 +24,13 @@ use rustix::event::EventfdFlags;
 
 use crate::error::{Code, Error, Result};
 use crate::staging;
+use crate::sys::cuda::Context;
 use crate::sys::uring;
 
-pub use batch::{Assignment, Batch, BatchFile, Landing, Part, Path, Phase, Progress};
+pub use batch::{Assignment, Batch, BatchFile, DeviceRegion, Landing, Part, Path, Phase, Progress, Regions};
 use preadv2::Preadv2;
 use reader::Reader;
+use uplink::Uplink;
 
 /// Assignments that may wait in the mailbox of one shard thread. `limits.jobs_max` keeps it from filling.
 const MAILBOX_MAX: usize = 4096;
@@ -67,6 +71,8 @@ pub struct Options {
     pub cpus: Vec<u32>,
     /// Whether blocks that the page cache holds are taken from it.
     pub page_cache: bool,
+    /// GPUs that it copies to.
+    pub devices: Vec<Arc<Context>>,
 }
 
 /// Counters of one shard thread, read by anyone.
@@ -172,11 +178,14 @@ fn launch<R: Reader>(
     ready: &Sender<io::Result<()>>,
 ) {
     pin(&options.cpus);
-    let prepared =
-        reader.and_then(|reader| Ok((reader, staging::Pool::new(options.slots, options.block_bytes)?)));
+    let prepared = reader.and_then(|reader| {
+        let slots = staging::Pool::new(options.slots, options.block_bytes)?;
+        let uplink = Uplink::new(&options.devices, &slots).map_err(io::Error::other)?;
+        Ok((reader, slots, uplink))
+    });
     let outcome = match prepared {
-        Ok((reader, slots)) => {
-            let runner = run::Runner::new(reader, slots, options, stats);
+        Ok((reader, slots, uplink)) => {
+            let runner = run::Runner::new(reader, slots, uplink, options, stats);
             // The starter waits for this; it cannot be gone.
             let _ = ready.send(Ok(()));
             runner.run(letters);

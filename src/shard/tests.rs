@@ -135,11 +135,20 @@ fn batch_of(
     let parts = (0..count)
         .map(|_| Part { memory: Arc::new(Memory::new(PART, PageKind::Small).unwrap()), populated: false })
         .collect();
-    (Arc::new(Batch::new(plan, files, parts, Arc::default())), layout)
+    (Arc::new(Batch::new(plan, files, Regions::Host(parts), Arc::default())), layout)
 }
 
 fn options(reader: ReaderKind) -> Options {
-    Options { index: 0, reader, block_bytes: 1 << 20, depth: 4, slots: 2, cpus: Vec::new(), page_cache: true }
+    Options {
+        index: 0,
+        reader,
+        block_bytes: 1 << 20,
+        depth: 4,
+        slots: 2,
+        cpus: Vec::new(),
+        page_cache: true,
+        devices: Vec::new(),
+    }
 }
 
 /// Runs a batch to its end on a shard loop over `reader`.
@@ -151,7 +160,7 @@ fn run_on(reader: impl Reader, batch: Arc<Batch>) -> Arc<Batch> {
     letters.send(Assignment { batch, moves, priority: 0, home }).unwrap();
     drop(letters);
     let slots = staging::Pool::new(options.slots, options.block_bytes).unwrap();
-    run::Runner::new(reader, slots, &options, Arc::default()).run(&mailbox);
+    run::Runner::new(reader, slots, None, &options, Arc::default()).run(&mailbox);
     back.try_recv().unwrap()
 }
 
@@ -159,7 +168,8 @@ fn run_on(reader: impl Reader, batch: Arc<Batch>) -> Arc<Batch> {
 fn region(batch: Arc<Batch>) -> Vec<u8> {
     let batch = Arc::into_inner(batch).expect("the shard has let go of the batch");
     let mut bytes = Vec::new();
-    for part in batch.parts {
+    let Regions::Host(parts) = batch.regions else { panic!("a batch for the host tier") };
+    for part in parts {
         let memory = Arc::new(Arc::into_inner(part.memory).expect("no read owns the memory any more"));
         bytes.extend_from_slice(memory.claim(0, PART).unwrap().as_slice());
     }
@@ -342,7 +352,7 @@ fn a_broken_shard_fails_what_it_works_on_and_what_waits_invariant_6() {
         letters.send(Assignment { batch, moves, priority: 0, home: home.clone() }).unwrap();
     }
     let slots = staging::Pool::new(options.slots, options.block_bytes).unwrap();
-    run::Runner::new(Broken, slots, &options, Arc::default()).run(&mailbox);
+    run::Runner::new(Broken, slots, None, &options, Arc::default()).run(&mailbox);
     for _ in 0..100 {
         let batch = back.try_recv().expect("every batch comes home");
         assert_eq!(batch.progress.failure().map(|error| error.code), Some(Code::SourceFileIo));

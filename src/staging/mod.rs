@@ -49,6 +49,11 @@ impl Pool {
         self.idle.push(slot);
     }
 
+    /// Number of slots.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
     /// Slots in use.
     pub fn used(&self) -> usize {
         self.slots - self.idle.len()

@@ -1,15 +1,38 @@
 //! Who is at the other end of a Unix socket.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// Supplementary groups that one process may have: the kernel's NGROUPS_MAX.
 const GROUPS_MAX: usize = 65_536;
+/// The kernel's number for this option, which libc does not have yet.
+const SO_PEERPIDFD: libc::c_int = 77;
 
 /// User, group and supplementary groups of the process that connected, as the kernel recorded them then.
 pub fn credentials(socket: BorrowedFd<'_>) -> io::Result<(u32, u32, Vec<u32>)> {
     let peer = rustix::net::sockopt::socket_peercred(socket)?;
     Ok((peer.uid.as_raw(), peer.gid.as_raw(), groups(socket)?))
+}
+
+/// A descriptor of the process that connected, readable once that has ended. Needs Linux 6.5.
+pub fn pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut fd: libc::c_int = -1;
+    let mut bytes = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `bytes` bytes to `fd`, which has that many.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut bytes,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that is ours; the kernel has made it close-on-exec.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {

@@ -89,6 +89,8 @@ label! {
         Request = "request",
         /// Its files changed and its last lease ended.
         Stale = "stale",
+        /// Its GPU was lost.
+        Lost = "lost",
     }
 }
 

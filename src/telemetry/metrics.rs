@@ -233,6 +233,7 @@ impl Metrics {
             evicted_for_budget: evictions(EvictionReason::Budget),
             evicted_by_request: evictions(EvictionReason::Request),
             evicted_stale: evictions(EvictionReason::Stale),
+            evicted_lost: evictions(EvictionReason::Lost),
         }
     }
 
@@ -358,6 +359,8 @@ pub struct DeviceMetrics {
     pub evicted_by_request: Counter,
     /// Evictions of what had changed on disk.
     pub evicted_stale: Counter,
+    /// Evictions of what was on a device that was lost.
+    pub evicted_lost: Counter,
 }
 
 /// Registers a metric and returns it, so that the table reads as one list.

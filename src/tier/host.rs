@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::Shortage;
 use crate::config;
 use crate::error::{Code, Error, Result};
 use crate::sys::lease::Importers;
@@ -174,17 +175,6 @@ pub struct Grant {
 pub struct Parts {
     /// Memory and whether its pages have been touched.
     pub parts: Vec<(Memory, bool)>,
-}
-
-/// What a grant had to wait for or could not get.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Shortage {
-    /// Memory is on its way back: ask again when [`Host::changed`] says so.
-    Wait,
-    /// It would fit if importers let go of what they hold.
-    Held,
-    /// Something has to be evicted.
-    Evict,
 }
 
 impl Host {

@@ -9,12 +9,15 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::host::{Grant, Host, Shortage};
+use super::gpu::{self, Gpu, Importer};
+use super::host::{self, Host};
+use super::{DeviceId, Shortage};
 use crate::api::methods::Selector;
 use crate::catalog::Description;
 use crate::error::{Code, Error, Result};
 use crate::plan::Placed;
 use crate::source::file::Stamp;
+use crate::sys::cuda::DeviceMemory;
 use crate::sys::mem::Sealed;
 
 /// How long a load waits for memory that importers hold before more is evicted for it.
@@ -31,6 +34,8 @@ pub type Viewer = Option<u32>;
 /// What makes two requests mean the same resident bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Key {
+    /// Where.
+    pub device: DeviceId,
     /// Name and identity of each file.
     pub files: Vec<(String, Stamp)>,
     /// The selection.
@@ -48,21 +53,44 @@ pub struct Content {
     pub tensors: Vec<Placed>,
     /// Digest of the manifest, if all bytes were read.
     pub digest: Option<String>,
-    /// Checksums of what is resident, in the order of the plan that filled it.
+    /// Checksums of what is resident: on the host tier of the chunks of the files, in the order of the plan that filled
+    /// it, on a GPU of the tensors, in their order.
     pub checks: Box<[u64]>,
     /// The memory.
-    pub parts: Vec<Sealed>,
+    pub region: Region,
+}
+
+/// The memory of a resident entry.
+#[derive(Debug)]
+pub enum Region {
+    /// Sealed parts on the host tier.
+    Host(Vec<Sealed>),
+    /// One allocation of a GPU.
+    Gpu(Arc<DeviceMemory>),
+}
+
+/// Memory that was set aside on a device.
+#[derive(Debug)]
+pub enum Grant {
+    /// On the host tier.
+    Host(host::Grant),
+    /// On this GPU.
+    Gpu(Rc<Gpu>, gpu::Grant),
 }
 
 impl Content {
     /// Length of the region, bytes.
     pub fn bytes(&self) -> u64 {
-        self.parts.iter().map(Sealed::bytes).sum()
+        match &self.region {
+            Region::Host(parts) => parts.iter().map(Sealed::bytes).sum(),
+            Region::Gpu(memory) => memory.bytes(),
+        }
     }
 
-    /// `hugetlb`, `thp`, `4k`, or `mixed`.
+    /// `hugetlb`, `thp`, `4k`, or `mixed`; `device` for the memory of a GPU.
     pub fn pages(&self) -> &'static str {
-        let mut kinds = self.parts.iter().map(Sealed::pages);
+        let Region::Host(parts) = &self.region else { return "device" };
+        let mut kinds = parts.iter().map(Sealed::pages);
         match kinds.next() {
             Some(first) if kinds.all(|kind| kind == first) => first.as_str(),
             Some(_) => "mixed",
@@ -120,6 +148,8 @@ pub struct Entry {
     pub used: Instant,
     /// Who has opened its files.
     tenants: BTreeSet<u32>,
+    /// Processes that were sent the descriptor of its memory on a GPU, and have not said that they have let go of it.
+    importers: Vec<Importer>,
 }
 
 /// Why an entry left memory.
@@ -131,15 +161,18 @@ pub enum Eviction {
     Request,
     /// Its files have changed.
     Stale,
+    /// Its device was lost.
+    Lost,
 }
 
 impl Eviction {
-    /// `budget`, `request` or `stale`.
+    /// `budget`, `request`, `stale` or `lost`.
     pub fn as_str(self) -> &'static str {
         match self {
             Eviction::Budget => "budget",
             Eviction::Request => "request",
             Eviction::Stale => "stale",
+            Eviction::Lost => "lost",
         }
     }
 }
@@ -149,16 +182,25 @@ struct Table {
     entries: BTreeMap<EntryId, Entry>,
     by_key: HashMap<Key, EntryId>,
     next: EntryId,
-    evictions: Vec<Eviction>,
+    evictions: Vec<(DeviceId, Eviction)>,
+}
+
+/// An entry that has left the table.
+#[derive(Debug)]
+struct Parted {
+    device: DeviceId,
+    content: Arc<Content>,
+    importers: Vec<Importer>,
 }
 
 /// What is resident. Belongs to the control thread.
 #[derive(Debug)]
 pub struct Residency {
     host: Rc<Host>,
+    gpus: Vec<Rc<Gpu>>,
     table: RefCell<Table>,
     /// Evicted, but named by replies that are still on their way.
-    parting: RefCell<Vec<Arc<Content>>>,
+    parting: RefCell<Vec<Parted>>,
 }
 
 /// A hold on an entry: while there is one, it is not evicted. A lease is a hold on a resident entry.
@@ -193,23 +235,43 @@ impl Drop for Hold {
             entry.used = Instant::now();
         }
         self.residency.sweep();
-        self.residency.host.nudge();
+        self.residency.nudge();
     }
 }
 
 impl Residency {
     /// Nothing is resident yet.
-    pub fn new(host: Rc<Host>) -> Rc<Residency> {
-        Rc::new(Residency { host, table: RefCell::default(), parting: RefCell::default() })
+    pub fn new(host: Rc<Host>, gpus: Vec<Rc<Gpu>>) -> Rc<Residency> {
+        Rc::new(Residency { host, gpus, table: RefCell::default(), parting: RefCell::default() })
     }
 
-    /// The memory below.
+    /// The host tier.
     pub fn host(&self) -> &Rc<Host> {
         &self.host
     }
 
+    /// The GPUs in use, in the order of [`DeviceId::Gpu`].
+    pub fn gpus(&self) -> &[Rc<Gpu>] {
+        &self.gpus
+    }
+
+    /// How clients call a device.
+    pub fn device_name(&self, device: DeviceId) -> String {
+        match device {
+            DeviceId::Host => "host".to_owned(),
+            DeviceId::Gpu(index) => self.gpus.get(index).map_or_else(String::new, |gpu| gpu.name()),
+        }
+    }
+
+    /// Something that a load may wait for has happened.
+    pub fn nudge(&self) {
+        self.host.nudge();
+        for gpu in &self.gpus {
+            gpu.nudge();
+        }
+    }
+
     /// The entry for `key`, which `tenant` has just opened, or a new one that is loading (then `true`).
-    ///
     pub fn enter(&self, key: Key, source: &str, origin: Option<&str>, tenant: u32) -> (EntryId, bool) {
         let mut table = self.table.borrow_mut();
         if let Some(id) = table.by_key.get(&key).copied()
@@ -235,6 +297,7 @@ impl Residency {
             stale: false,
             used: Instant::now(),
             tenants: BTreeSet::from([tenant]),
+            importers: Vec::new(),
         };
         table.entries.insert(id, entry);
         (id, true)
@@ -251,21 +314,36 @@ impl Residency {
     }
 
     /// The newest entry that was loaded from the path `origin`, if `viewer` may see it.
-    pub fn find_origin(&self, origin: &str, select: Option<&[Selector]>, viewer: Viewer) -> Option<EntryId> {
+    pub fn find_origin(
+        &self,
+        origin: &str,
+        device: DeviceId,
+        select: Option<&[Selector]>,
+        viewer: Viewer,
+    ) -> Option<EntryId> {
         let table = self.table.borrow();
         let mut newest = table.entries.values().rev();
         newest
-            .find(|entry| entry.came_from(Some(origin), select) && entry.seen_by(viewer))
+            .find(|entry| entry.came_from(Some(origin), device, select) && entry.seen_by(viewer))
             .map(|entry| entry.id)
     }
 
     /// The entry with this digest and selection, if `viewer` may see it.
-    pub fn find_digest(&self, digest: &str, select: Option<&[Selector]>, viewer: Viewer) -> Result<EntryId> {
+    pub fn find_digest(
+        &self,
+        digest: &str,
+        device: DeviceId,
+        select: Option<&[Selector]>,
+        viewer: Viewer,
+    ) -> Result<EntryId> {
         let table = self.table.borrow();
         let found = table.entries.values().rev().find(|entry| {
             let known =
                 matches!(&entry.state, State::Resident(content) if content.digest.as_deref() == Some(digest));
-            known && entry.key.select.as_deref() == select && entry.seen_by(viewer)
+            known
+                && entry.key.device == device
+                && entry.key.select.as_deref() == select
+                && entry.seen_by(viewer)
         });
         found.map(|entry| entry.id).ok_or_else(|| {
             Error::new(
@@ -298,10 +376,10 @@ impl Residency {
     /// A load has ended well. What was loaded from the same path before is stale from now on.
     pub fn fill(self: &Rc<Self>, id: EntryId, content: Content) {
         let mut table = self.table.borrow_mut();
-        let same = table.entries.get(&id).map(|entry| (entry.origin.clone(), entry.key.select.clone()));
-        if let Some((origin, select)) = same {
+        let same = table.entries.get(&id).map(|entry| (entry.origin.clone(), entry.key.clone()));
+        if let Some((origin, Key { device, select, .. })) = same {
             let before = table.entries.range_mut(..id).map(|(_, entry)| entry);
-            for old in before.filter(|old| old.came_from(origin.as_deref(), select.as_deref())) {
+            for old in before.filter(|old| old.came_from(origin.as_deref(), device, select.as_deref())) {
                 old.stale = true;
             }
         }
@@ -350,7 +428,7 @@ impl Residency {
         let entry = table.entries.get_mut(&id).ok_or_else(not_resident)?;
         entry.pins.retain(|pin| viewer.is_some_and(|tenant| tenant != *pin));
         drop(table);
-        self.host.nudge();
+        self.nudge();
         Ok(())
     }
 
@@ -371,48 +449,90 @@ impl Residency {
     }
 
     /// Sets memory aside for a new region of `bytes`; evicts and waits as needed. The budget is never exceeded.
-    pub async fn reserve(&self, bytes: u64) -> Result<Grant> {
+    pub async fn reserve(&self, device: DeviceId, bytes: u64) -> Result<Grant> {
         let began = Instant::now();
         loop {
-            if bytes > self.host.budget() {
-                return Err(self.over_budget(bytes));
+            if bytes > self.budget(device)? {
+                return Err(self.over_budget(device, bytes));
             }
-            match self.host.grant(bytes) {
+            match self.grant(device, bytes)? {
                 Ok(grant) => return Ok(grant),
-                Err(Shortage::Wait) => self.host.changed().await,
+                Err(Shortage::Wait) => self.changed(device).await,
                 // What was evicted or let go of a moment ago may still be mapped for another: by the daemon itself,
                 // or by a client that is ending.
                 Err(Shortage::Held) if began.elapsed() < HELD_PATIENCE => {
                     self.sweep();
-                    let _ = tokio::time::timeout(HELD_INTERVAL, self.host.changed()).await;
+                    let _ = tokio::time::timeout(HELD_INTERVAL, self.changed(device)).await;
                 }
-                Err(Shortage::Held | Shortage::Evict) if self.evict_oldest() => {}
-                Err(_) if self.memory_may_come() => self.host.changed().await,
-                Err(_) => return Err(self.over_budget(bytes)),
+                Err(Shortage::Held | Shortage::Evict) if self.evict_oldest(device) => {}
+                Err(_) if self.memory_may_come(device) => self.changed(device).await,
+                Err(_) => return Err(self.over_budget(device, bytes)),
             }
         }
     }
 
-    /// Whether a load that will end binds memory, or a reply that names an evicted region is still on its way.
-    fn memory_may_come(&self) -> bool {
-        let table = self.table.borrow();
-        let mut loading = table.entries.values().filter(|entry| matches!(entry.state, State::Loading));
-        loading.any(|entry| entry.bytes > 0) || !self.parting.borrow().is_empty()
+    fn gpu(&self, index: usize) -> Result<&Rc<Gpu>> {
+        let gpu = self.gpus.get(index);
+        let gpu =
+            gpu.ok_or_else(|| Error::new(Code::Internal, "a device that is not there was asked for"))?;
+        if gpu.lost() { Err(gpu.lost_error()) } else { Ok(gpu) }
     }
 
-    fn over_budget(&self, bytes: u64) -> Error {
+    fn budget(&self, device: DeviceId) -> Result<u64> {
+        match device {
+            DeviceId::Host => Ok(self.host.budget()),
+            DeviceId::Gpu(index) => Ok(self.gpu(index)?.budget()),
+        }
+    }
+
+    fn grant(&self, device: DeviceId, bytes: u64) -> Result<Result<Grant, Shortage>> {
+        match device {
+            DeviceId::Host => Ok(self.host.grant(bytes).map(Grant::Host)),
+            DeviceId::Gpu(index) => {
+                let gpu = self.gpu(index)?;
+                Ok(gpu.grant(bytes).map(|grant| Grant::Gpu(Rc::clone(gpu), grant)))
+            }
+        }
+    }
+
+    async fn changed(&self, device: DeviceId) {
+        match device {
+            DeviceId::Gpu(index) if index < self.gpus.len() => self.gpus[index].changed().await,
+            _ => self.host.changed().await,
+        }
+    }
+
+    /// Whether a load that will end binds memory, or a reply that names an evicted region is still on its way.
+    fn memory_may_come(&self, device: DeviceId) -> bool {
+        let table = self.table.borrow();
+        let here = table.entries.values().filter(|entry| entry.key.device == device);
+        let mut loading = here.filter(|entry| matches!(entry.state, State::Loading));
+        let parting = || self.parting.borrow().iter().any(|parted| parted.device == device);
+        loading.any(|entry| entry.bytes > 0) || parting()
+    }
+
+    fn over_budget(&self, device: DeviceId, bytes: u64) -> Error {
+        let (code, what, budget, key) = match device {
+            DeviceId::Host => {
+                (Code::TierHostOverBudget, "host".to_owned(), self.host.budget(), "host.budget_bytes")
+            }
+            DeviceId::Gpu(_) => {
+                let budget = self.budget(device).unwrap_or_default();
+                (Code::TierGpuOverBudget, self.device_name(device), budget, "gpu.budget_bytes")
+            }
+        };
         let message = format!(
-            "{bytes} bytes do not fit into the host budget of {} beside what is leased, pinned or still mapped by clients; \
-             release or unpin some, select fewer tensors, or raise host.budget_bytes",
-            self.host.budget(),
+            "{bytes} bytes do not fit into the {what} budget of {budget} beside what is leased, pinned or still mapped by \
+             clients; release or unpin some, select fewer tensors, or raise {key}"
         );
-        Error::new(Code::TierHostOverBudget, message).kept("everything that was resident and in use")
+        Error::new(code, message).kept("everything that was resident and in use")
     }
 
     /// Evicts the least recently used entry that nobody has leased or pinned. `false`: there is none.
-    fn evict_oldest(&self) -> bool {
+    fn evict_oldest(&self, device: DeviceId) -> bool {
         let mut table = self.table.borrow_mut();
-        let idle = table.entries.values().filter(|entry| entry.idle() && entry.pins.is_empty());
+        let here = table.entries.values().filter(|entry| entry.key.device == device);
+        let idle = here.filter(|entry| entry.idle() && entry.pins.is_empty());
         let Some(id) = idle.min_by_key(|entry| entry.used).map(|entry| entry.id) else { return false };
         self.let_go(table.evict(id, Eviction::Budget));
         true
@@ -426,22 +546,57 @@ impl Residency {
             self.let_go(table.evict(id, Eviction::Stale));
         }
         drop(table);
-        for content in self.parting.take() {
-            self.let_go(Some(content));
+        for parted in self.parting.take() {
+            self.let_go(Some(parted));
+        }
+    }
+
+    /// A process was sent the descriptor of an entry's memory on a GPU.
+    pub fn imported(&self, id: EntryId, importer: &Importer) {
+        if let Some(entry) = self.table.borrow_mut().entries.get_mut(&id) {
+            entry.importers.push(Arc::clone(importer));
+        }
+    }
+
+    /// A process has let go of one of its mappings of an entry's memory.
+    pub fn let_go_of(&self, id: EntryId, importer: &Importer) {
+        if let Some(entry) = self.table.borrow_mut().entries.get_mut(&id) {
+            let place = entry.importers.iter().position(|other| Arc::ptr_eq(other, importer));
+            place.map(|place| entry.importers.swap_remove(place));
+        }
+    }
+
+    /// The memory of a GPU is lost, with all that was resident there: nobody finds it any more.
+    pub fn lose(&self, index: usize) {
+        let Some(gpu) = self.gpus.get(index).filter(|gpu| !gpu.lost()) else { return };
+        gpu.lose();
+        tracing::error!(device = gpu.name(), "device lost: what was resident there is forgotten");
+        let mut table = self.table.borrow_mut();
+        let here = table.entries.values().filter(|entry| entry.key.device == DeviceId::Gpu(index));
+        let resident = here.filter(|entry| entry.state.is_resident()).map(|entry| entry.id);
+        for id in resident.collect::<Vec<_>>() {
+            self.let_go(table.evict(id, Eviction::Lost));
         }
     }
 
     /// Gives memory back, unless a reply that names it is still on its way: then at the next occasion.
-    fn let_go(&self, content: Option<Arc<Content>>) {
-        match content.map(Arc::try_unwrap) {
-            Some(Ok(content)) => self.host.release(content.parts),
-            Some(Err(content)) => self.parting.borrow_mut().push(content),
-            None => {}
+    fn let_go(&self, parted: Option<Parted>) {
+        let Some(Parted { device, content, importers }) = parted else { return };
+        match Arc::try_unwrap(content) {
+            Ok(Content { region: Region::Host(parts), .. }) => self.host.release(parts),
+            Ok(Content { region: Region::Gpu(memory), .. }) => {
+                if let DeviceId::Gpu(index) = device
+                    && let Some(gpu) = self.gpus.get(index)
+                {
+                    gpu.release(memory, importers);
+                }
+            }
+            Err(content) => self.parting.borrow_mut().push(Parted { device, content, importers }),
         }
     }
 
     /// What was evicted since the last call, for the metrics.
-    pub fn take_evictions(&self) -> Vec<Eviction> {
+    pub fn take_evictions(&self) -> Vec<(DeviceId, Eviction)> {
         std::mem::take(&mut self.table.borrow_mut().evictions)
     }
 
@@ -465,12 +620,12 @@ impl Table {
         Some(entry)
     }
 
-    fn evict(&mut self, id: EntryId, why: Eviction) -> Option<Arc<Content>> {
-        let entry = self.remove(id)?;
-        let State::Resident(content) = entry.state else { return None };
-        self.evictions.push(why);
-        tracing::info!(source = entry.source, bytes = entry.bytes, why = why.as_str(), "evicted");
-        Some(content)
+    fn evict(&mut self, id: EntryId, why: Eviction) -> Option<Parted> {
+        let Entry { key, state, source, bytes, importers, .. } = self.remove(id)?;
+        let State::Resident(content) = state else { return None };
+        self.evictions.push((key.device, why));
+        tracing::info!(source, bytes, why = why.as_str(), "evicted");
+        Some(Parted { device: key.device, content, importers })
     }
 }
 
@@ -479,8 +634,11 @@ impl Entry {
         self.leases == 0 && matches!(self.state, State::Resident(_))
     }
 
-    fn came_from(&self, origin: Option<&str>, select: Option<&[Selector]>) -> bool {
-        origin.is_some() && self.origin.as_deref() == origin && self.key.select.as_deref() == select
+    fn came_from(&self, origin: Option<&str>, device: DeviceId, select: Option<&[Selector]>) -> bool {
+        origin.is_some()
+            && self.origin.as_deref() == origin
+            && self.key.device == device
+            && self.key.select.as_deref() == select
     }
 
     /// Whether `viewer` may know of it.

@@ -22,8 +22,8 @@ pub type JobId = u64;
 pub struct Job {
     /// Its number.
     pub id: JobId,
-    /// What it fills.
-    pub entry: EntryId,
+    /// What it fills: one entry, or one for each rank of a tensor-parallel group.
+    pub entries: Vec<EntryId>,
     name: Name,
     created: Instant,
     /// Bytes that have arrived; also the way to stop it.
@@ -82,10 +82,10 @@ impl Drop for Interest {
 }
 
 impl Job {
-    pub(super) fn new(id: JobId, entry: EntryId, name: Name) -> Job {
+    pub(super) fn new(id: JobId, entries: Vec<EntryId>, name: Name) -> Job {
         Job {
             id,
-            entry,
+            entries,
             name,
             created: Instant::now(),
             progress: Arc::default(),
@@ -227,7 +227,7 @@ impl Job {
         let phases = [
             ("storage", Phase::Wait),
             ("checksum", Phase::Checksum),
-            ("copy", Phase::Copy),
+            (if self.name.device == "host" { "copy" } else { "link" }, Phase::Copy),
             (if from_cache { "copy" } else { "memory" }, Phase::Submit),
         ];
         let (name, nanos) = phases

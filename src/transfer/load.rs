@@ -3,13 +3,11 @@
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 
-use super::{Job, Jobs, Wanted};
-use crate::api::methods::Selector;
+use super::{Job, Jobs, Target, Wanted};
 use crate::catalog::manifest::Manifest;
 use crate::catalog::store::Store;
 use crate::catalog::{self, Description};
@@ -17,22 +15,26 @@ use crate::checksum::CHUNK_BYTES;
 use crate::config::Limits;
 use crate::error::{Code, Error, Result};
 use crate::plan::{self, Layout, Plan};
-use crate::shard::{Assignment, Batch, BatchFile, Part, Progress};
+use crate::shard::{Assignment, Batch, BatchFile};
 use crate::source::file::OpenFile;
-use crate::sys::mem::{HUGE_PAGE_BYTES, Memory};
 use crate::telemetry::labels::{EndedJob, Source};
-use crate::tier::host::Parts;
-use crate::tier::residency::Content;
-
-/// Pages of a fresh part are touched ahead of the reads in steps of this many bytes.
-const POPULATE_BYTES: u64 = 16 << 20;
+use crate::tier::DeviceId;
+use crate::tier::residency::{Content, Grant};
 
 /// What is known before any memory is taken.
-struct Prepared {
-    files: Vec<OpenFile>,
-    description: Description,
-    layout: Layout,
-    known: Option<Manifest>,
+pub(super) struct Prepared {
+    pub(super) files: Arc<Vec<OpenFile>>,
+    pub(super) description: Description,
+    /// One for each target.
+    pub(super) layouts: Vec<Layout>,
+    pub(super) known: Option<Manifest>,
+}
+
+impl Prepared {
+    /// Sizes of the files, bytes.
+    pub(super) fn sizes(&self) -> Vec<u64> {
+        self.files.iter().map(|file| file.stamp.bytes).collect()
+    }
 }
 
 impl Jobs {
@@ -40,13 +42,15 @@ impl Jobs {
     pub(super) async fn drive(self: Rc<Self>, job: Rc<Job>, wanted: Wanted) {
         let result = self.load(&job, wanted).await;
         let result = match result {
-            Ok(content) => {
-                let digest = content.digest.clone();
-                self.residency.fill(job.entry, content);
+            Ok(contents) => {
+                let digest = contents.first().and_then(|content| content.digest.clone());
+                for (entry, content) in job.entries.iter().zip(contents) {
+                    self.residency.fill(*entry, content);
+                }
                 Ok(digest)
             }
             Err(error) => {
-                self.residency.forget(job.entry);
+                job.entries.iter().for_each(|entry| self.residency.forget(*entry));
                 self.metrics.error(error.code);
                 if error.code == Code::SourceFileIo {
                     self.metrics.reads(Source::File).errors.inc();
@@ -67,143 +71,51 @@ impl Jobs {
         job.end(result);
         self.metrics.job_ended(state, job.elapsed());
         // A load that waits for memory may have it now, or has to be told that it never will.
-        self.residency.host().nudge();
+        self.residency.nudge();
     }
 
-    async fn load(&self, job: &Job, wanted: Wanted) -> Result<Content> {
+    async fn load(&self, job: &Job, wanted: Wanted) -> Result<Vec<Content>> {
         let limits = self.config.borrow().limits.clone();
-        let (store, select) = (self.store.clone(), wanted.select.clone());
+        let (store, targets) = (self.store.clone(), wanted.targets.clone());
         let entered = self.headers.enter().await;
-        let prepared = blocking(move || {
-            Ok((prepare(wanted.files, select.as_deref(), store.as_deref(), &limits)?, entered))
-        });
+        let prepared =
+            blocking(move || Ok((prepare(wanted.files, &targets, store.as_deref(), &limits)?, entered)));
         let (prepared, entered) = prepared.await?;
         drop(entered);
-        let bytes = prepared.layout.bytes.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES);
-        let bytes = bytes.ok_or_else(too_large)?;
         let host = self.residency.host();
         host.load_begins();
-        let content = self.take_and_fill(job, prepared, bytes, wanted.priority).await;
+        let contents = if wanted.targets.iter().all(|target| target.device == DeviceId::Host) {
+            self.load_host(job, prepared, wanted.priority).await.map(|content| vec![content])
+        } else {
+            self.load_gpus(job, prepared, &wanted.targets, wanted.priority).await
+        };
         host.load_ends();
-        content
+        contents
     }
 
-    async fn take_and_fill(
-        &self,
-        job: &Job,
-        prepared: Prepared,
-        bytes: u64,
-        priority: i32,
-    ) -> Result<Content> {
-        let grant = tokio::select! {
-            grant = self.residency.reserve(bytes) => grant?,
-            reason = stop_reason(job) => return Err(reason),
-        };
-        self.residency.takes(job.entry, bytes);
-        let parts = self.residency.host().make(grant).await?;
-        self.fill(job, prepared, parts, priority).await
-    }
-
-    /// Moves the bytes, and seals the memory; or gives it back.
-    async fn fill(&self, job: &Job, prepared: Prepared, parts: Parts, priority: i32) -> Result<Content> {
-        let host = self.residency.host();
-        let Prepared { files, description, layout, known } = prepared;
-        let sizes: Vec<u64> = files.iter().map(|file| file.stamp.bytes).collect();
-        let part_sizes: Vec<u64> = parts.parts.iter().map(|(memory, _)| memory.bytes()).collect();
-        let block = self.config.borrow().data_plane.block_bytes;
-        let (layout, plan) = match blocking(move || {
-            let plan = plan::moves(&layout, &sizes, &part_sizes, block).ok_or_else(too_many_reads)?;
-            Ok((layout, plan))
-        })
-        .await
-        {
-            Ok(planned) => planned,
-            Err(error) => {
-                host.discard(parts.parts.into_iter().map(|(memory, _)| memory).collect());
-                return Err(error);
-            }
-        };
-        job.begin(plan.bytes);
-        let (outcome, memories, checks) =
-            self.transfer(job, plan, &files, known.as_ref(), parts, priority).await;
-        let files = Arc::new(files);
-        let outcome = match outcome {
-            Ok(()) => {
-                let files = Arc::clone(&files);
-                blocking(move || unchanged(&files)).await
-            }
-            Err(error) => Err(error),
-        };
-        match outcome {
-            Ok(()) => {}
-            Err(error) => {
-                host.discard(memories);
-                self.doubt(&error, &files).await;
-                return Err(error.kept("nothing of this load; its memory was given back"));
-            }
-        };
-        let whole = layout.files.iter().all(Option::is_some);
-        let digest = match (known, whole) {
-            (Some(manifest), _) => Some(manifest.digest().to_owned()),
-            (None, true) => self.remember(files, &description, &checks).await,
-            (None, false) => None,
-        };
-        let mut sealed = Vec::with_capacity(memories.len());
-        let mut retired = Vec::with_capacity(memories.len());
-        let mut memories = memories.into_iter();
-        while let Some(memory) = memories.next() {
-            match memory.seal() {
-                Ok((part, mapping)) => {
-                    sealed.push(part);
-                    retired.push(mapping);
-                }
-                Err(failed) => {
-                    let (memory, error) = *failed;
-                    drop(retired);
-                    host.release(sealed);
-                    host.discard(std::iter::once(memory).chain(memories).collect());
-                    let message = format!("a region cannot be sealed: {error}");
-                    return Err(Error::new(Code::TierHostOutOfMemory, message));
-                }
-            }
+    /// Sets memory aside, unless the job is to stop before there is any.
+    pub(super) async fn reserve(&self, job: &Job, device: DeviceId, bytes: u64) -> Result<Grant> {
+        tokio::select! {
+            grant = self.residency.reserve(device, bytes) => grant,
+            reason = stop_reason(job) => Err(reason),
         }
-        host.unmap_later(retired);
-        Ok(Content {
-            description,
-            files: layout.files,
-            tensors: layout.tensors,
-            digest,
-            checks,
-            parts: sealed,
-        })
     }
 
-    /// Has the shard threads carry out a plan. Comes back only when no read is in flight any more (invariant 2).
-    async fn transfer(
+    /// Has the shard threads carry out a batch, and checks that the files stayed what they were.
+    ///
+    /// Comes back only when no read and no copy is in flight any more (invariant 2). `None` in place of the batch: a
+    /// broken shard thread still owns reads into its memory, which is lost.
+    pub(super) async fn carry_out(
         &self,
         job: &Job,
-        plan: Plan,
-        files: &[OpenFile],
-        known: Option<&Manifest>,
-        parts: Parts,
+        batch: Batch,
+        files: &Arc<Vec<OpenFile>>,
         priority: i32,
-    ) -> (Result<()>, Vec<Memory>, Box<[u64]>) {
-        let lanes = self.lanes(&plan, files);
-        let batch_files = files.iter().enumerate().map(|(number, file)| BatchFile {
-            name: file.name.clone(),
-            file: Arc::clone(&file.file),
-            direct: file.direct.clone(),
-            bytes: file.stamp.bytes,
-            landing: (self.lane_of)(file.stamp.dev_major, file.stamp.dev_minor).landing,
-            expected: known.map(|manifest| manifest.chunks()[number].clone().into()),
-        });
-        let parts =
-            parts.parts.into_iter().map(|(memory, populated)| Part { memory: Arc::new(memory), populated });
-        let batch = Batch::new(plan, batch_files.collect(), parts.collect(), Arc::clone(&job.progress));
+    ) -> (Result<()>, Option<Batch>) {
+        let lanes = self.lanes(&batch.plan, files);
         let batch = Arc::new(batch);
         let total = batch.plan.bytes;
         let (home, mut back) = mpsc::channel(self.shards.len());
-        let ahead = Populating::begin(&batch, &job.progress);
         for (shard, moves) in lanes.into_iter().enumerate().filter(|(_, moves)| !moves.is_empty()) {
             let assignment = Assignment { batch: Arc::clone(&batch), moves, priority, home: home.clone() };
             if self.shards[shard].send(assignment).is_err() {
@@ -219,13 +131,12 @@ impl Jobs {
                 why = stop_reason(job), if reason.is_none() => {
                     job.progress.stop();
                     // Whoever asks from now on gets a job of its own.
-                    self.residency.disown(job.entry);
+                    job.entries.iter().for_each(|entry| self.residency.disown(*entry));
                     reason = Some(why);
                 }
             }
         }
-        ahead.end().await;
-        let outcome = match (reason, job.progress.failure()) {
+        let mut outcome = match (reason, job.progress.failure()) {
             (Some(reason), _) => Err(reason),
             (None, Some(error)) => Err(error.clone()),
             // Every byte must have been seen: a shard thread that ended early has reported nothing.
@@ -234,17 +145,38 @@ impl Jobs {
             }
             (None, None) => Ok(()),
         };
-        match recover(batch) {
-            Some((memories, checks)) => (outcome, memories, checks),
-            None => {
-                // It stays in the account of regions: lost, but never handed to anyone else.
-                tracing::error!(
-                    job = job.id,
-                    "memory leaked: a broken shard thread still owns reads into it"
-                );
-                let lost = Error::new(Code::Internal, "a shard thread did not give the job back");
-                (Err(outcome.err().unwrap_or(lost)), Vec::new(), Box::default())
+        if outcome.is_ok() {
+            let files = Arc::clone(files);
+            outcome = blocking(move || unchanged(&files)).await;
+        }
+        if let Err(error) = &outcome {
+            self.doubt(error, files).await;
+        }
+        let outcome = outcome.map_err(|error| error.kept("nothing of this load; its memory was given back"));
+        (outcome, Arc::into_inner(batch))
+    }
+
+    /// The files of a batch, each with who reads it how.
+    pub(super) fn batch_files(&self, prepared: &Prepared) -> Vec<BatchFile> {
+        let files = prepared.files.iter().enumerate().map(|(number, file)| BatchFile {
+            name: file.name.clone(),
+            file: Arc::clone(&file.file),
+            direct: file.direct.clone(),
+            bytes: file.stamp.bytes,
+            landing: (self.lane_of)(file.stamp.dev_major, file.stamp.dev_minor).landing,
+            expected: prepared.known.as_ref().map(|manifest| manifest.chunks()[number].clone().into()),
+        });
+        files.collect()
+    }
+
+    /// The digest of what was read: known before, or of the manifest that is made of files that were read whole.
+    pub(super) async fn digest(&self, prepared: &Prepared, checks: &[AtomicU64]) -> Option<String> {
+        match &prepared.known {
+            Some(manifest) => Some(manifest.digest().to_owned()),
+            None if prepared.layouts.iter().any(|layout| layout.whole) => {
+                self.remember(Arc::clone(&prepared.files), &prepared.description, &sums(checks)).await
             }
+            None => None,
         }
     }
 
@@ -312,19 +244,33 @@ pub async fn blocking<T: Send + 'static>(act: impl FnOnce() -> Result<T> + Send 
     joined.unwrap_or_else(|_| Err(Error::new(Code::Internal, "a thread of the control plane failed")))
 }
 
-/// Reads the headers and lays out the region. Takes no memory beyond the headers.
+/// Reads the headers and lays out the regions. Takes no memory beyond the headers.
 fn prepare(
     files: Vec<OpenFile>,
-    select: Option<&[Selector]>,
+    targets: &[Target],
     store: Option<&Store>,
     limits: &Limits,
 ) -> Result<Prepared> {
     let description = catalog::describe(&files, limits)?;
-    let picks = select.map(|select| catalog::select::pick(&description.tensors, Some(select))).transpose()?;
     let sizes: Vec<u64> = files.iter().map(|file| file.stamp.bytes).collect();
-    let layout = plan::layout(&sizes, &description.tensors, picks.as_deref()).ok_or_else(too_large)?;
+    let layouts = targets.iter().map(|target| {
+        let picks = target.select.as_deref();
+        let picks =
+            picks.map(|select| catalog::select::pick(&description.tensors, Some(select))).transpose()?;
+        let lay_out = match target.device {
+            DeviceId::Host => plan::layout,
+            DeviceId::Gpu(_) => plan::packed,
+        };
+        lay_out(&sizes, &description.tensors, picks.as_deref()).ok_or_else(too_large)
+    });
+    let layouts = layouts.collect::<Result<_>>()?;
     let known = store.and_then(|store| store.get(&files));
-    Ok(Prepared { files, description, layout, known })
+    Ok(Prepared { files: Arc::new(files), description, layouts, known })
+}
+
+/// Checksums that shard threads have left.
+pub(super) fn sums(checks: &[AtomicU64]) -> Box<[u64]> {
+    checks.iter().map(|sum| sum.load(Ordering::Acquire)).collect()
 }
 
 /// Checks that the files are still what they were when they were opened.
@@ -338,22 +284,14 @@ fn unchanged(files: &[OpenFile]) -> Result<()> {
     Ok(())
 }
 
-fn too_large() -> Error {
+pub(super) fn too_large() -> Error {
     Error::new(Code::TierHostOverBudget, "the sizes in this artifact add up to more than can be addressed")
 }
 
-fn too_many_reads() -> Error {
+pub(super) fn too_many_reads() -> Error {
     let message =
         format!("this takes more than {} reads: select fewer rows, or whole tensors", plan::MOVES_MAX);
     Error::new(Code::PlanTooManyReads, message)
-}
-
-/// Gets the memory and the checksums out of a batch that every shard thread has given back.
-fn recover(batch: Arc<Batch>) -> Option<(Vec<Memory>, Box<[u64]>)> {
-    let batch = Arc::into_inner(batch)?;
-    let memories = batch.parts.into_iter().map(|part| Arc::into_inner(part.memory));
-    let checks = batch.checks.iter().map(|sum| sum.load(Ordering::Acquire)).collect();
-    Some((memories.collect::<Option<_>>()?, checks))
 }
 
 /// Resolves when a job should stop, with the reason.
@@ -365,45 +303,6 @@ async fn stop_reason(job: &Job) -> Error {
         match job.deadline() {
             Some(deadline) => drop(tokio::time::timeout_at(deadline.into(), job.interest.notified()).await),
             None => job.interest.notified().await,
-        }
-    }
-}
-
-/// Threads that touch the pages of fresh parts ahead of the reads, so that reads do not wait for page faults.
-struct Populating {
-    enough: Arc<AtomicBool>,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl Populating {
-    fn begin(batch: &Batch, progress: &Arc<Progress>) -> Populating {
-        let enough = Arc::new(AtomicBool::new(false));
-        let fresh = batch.parts.iter().filter(|part| !part.populated).map(|part| Arc::clone(&part.memory));
-        let tasks = fresh.map(|memory| {
-            let (enough, progress) = (Arc::clone(&enough), Arc::clone(progress));
-            tokio::task::spawn_blocking(move || {
-                for offset in (0..memory.bytes()).step_by(POPULATE_BYTES as usize) {
-                    let bytes = POPULATE_BYTES.min(memory.bytes() - offset);
-                    if enough.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    if let Err(error) = memory.populate(offset, bytes) {
-                        // A huge page that a limit withholds: touching it would end the process.
-                        let message = format!("the kernel withholds memory that it had promised: {error}");
-                        progress.fail(Error::new(Code::TierHostOutOfMemory, message));
-                        return;
-                    }
-                }
-            })
-        });
-        Populating { tasks: tasks.collect(), enough }
-    }
-
-    async fn end(self) {
-        self.enough.store(true, Ordering::Relaxed);
-        for task in self.tasks {
-            // It has nothing to report; a panic in it has been reported by the panic hook.
-            let _ = task.await;
         }
     }
 }

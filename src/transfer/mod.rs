@@ -4,6 +4,8 @@
 //! either resident or given back (invariants 2 and 11): it waits for every read in flight before it lets go.
 
 mod gate;
+mod gpu;
+mod host;
 mod job;
 mod load;
 
@@ -24,6 +26,7 @@ use crate::error::{Code, Error, Result};
 use crate::shard::{Landing, Shard};
 use crate::source::file::OpenFile;
 use crate::telemetry::metrics::Metrics;
+use crate::tier::DeviceId;
 use crate::tier::residency::{EntryId, Hold, Key, Residency, Viewer};
 
 /// What to call an artifact on a device, for people.
@@ -33,8 +36,17 @@ pub struct Name {
     pub source: String,
     /// The path in full; `None` for descriptors.
     pub origin: Option<String>,
-    /// `host`.
+    /// `host`, or `gpu:GPU-…`; several with commas between them.
     pub device: String,
+}
+
+/// A device, and what of an artifact is wanted there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Where.
+    pub device: DeviceId,
+    /// Only these tensors.
+    pub select: Option<Vec<Selector>>,
 }
 
 /// What a job is asked for.
@@ -44,8 +56,8 @@ pub struct Wanted {
     pub files: Vec<OpenFile>,
     /// What to call it.
     pub name: Name,
-    /// Only these tensors.
-    pub select: Option<Vec<Selector>>,
+    /// Where to: one, or several GPUs that share one read of the files.
+    pub targets: Vec<Target>,
     /// Larger goes first.
     pub priority: i32,
     /// Who asks.
@@ -53,15 +65,16 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// What makes it the same as another request.
-    pub fn key(&self) -> Key {
-        key(&self.files, self.select.as_deref())
+    /// What makes each of its targets the same as another request's.
+    pub fn keys(&self) -> impl Iterator<Item = Key> {
+        self.targets.iter().map(|target| key(&self.files, target.device, target.select.as_deref()))
     }
 }
 
 /// What makes two requests mean the same resident bytes.
-pub fn key(files: &[OpenFile], select: Option<&[Selector]>) -> Key {
+pub fn key(files: &[OpenFile], device: DeviceId, select: Option<&[Selector]>) -> Key {
     Key {
+        device,
         files: files.iter().map(|file| (file.name.clone(), file.stamp.clone())).collect(),
         select: select.map(<[Selector]>::to_vec),
     }
@@ -70,8 +83,8 @@ pub fn key(files: &[OpenFile], select: Option<&[Selector]>) -> Key {
 /// What a request for an artifact comes to.
 #[derive(Debug)]
 pub struct Claim {
-    /// Keeps it from eviction.
-    pub hold: Hold,
+    /// Keeps them from eviction; one for each target.
+    pub holds: Vec<Hold>,
     /// The job that loads it; `None`: it is resident.
     pub job: Option<(Rc<Job>, Interest)>,
 }
@@ -141,35 +154,43 @@ impl Jobs {
         connection: Option<u64>,
         deadline: Option<Instant>,
     ) -> Result<Claim> {
-        let (entry, new) = self.residency.enter(
-            wanted.key(),
-            &wanted.name.source,
-            wanted.name.origin.as_deref(),
-            wanted.tenant,
-        );
-        let hold = self.residency.hold(entry)?;
-        if !new && self.residency.with(entry, |entry| entry.state.is_resident())? {
-            return Ok(Claim { hold, job: None });
+        let mut holds = Vec::with_capacity(wanted.targets.len());
+        let (mut fresh, mut loading) = (Vec::new(), None);
+        for (place, key) in wanted.keys().enumerate() {
+            let (source, origin) = (&wanted.name.source, wanted.name.origin.as_deref());
+            let (entry, new) = self.residency.enter(key, source, origin, wanted.tenant);
+            holds.push(self.residency.hold(entry)?);
+            if new {
+                fresh.push((place, entry));
+            } else if !self.residency.with(entry, |entry| entry.state.is_resident())? {
+                loading = loading.or_else(|| self.of_entry(entry));
+            }
         }
-        let running = self.of_entry(entry).filter(|_| !new);
-        let job = match running {
-            Some(job) => job,
-            None => self.may_start().map(|()| self.open_job(entry, &wanted.name)).inspect_err(|_| {
-                self.residency.forget(entry);
-            })?,
-        };
+        let (places, entries): (Vec<_>, Vec<_>) = fresh.into_iter().unzip();
+        if entries.is_empty() {
+            let job = loading.map(|job| {
+                let interest = job.join(wanted.tenant, connection, deadline);
+                (job, interest)
+            });
+            return Ok(Claim { holds, job });
+        }
+        let job =
+            self.may_start().map(|()| self.open_job(entries.clone(), &wanted.name)).inspect_err(|_| {
+                entries.iter().for_each(|entry| self.residency.forget(*entry));
+            })?;
         let interest = job.join(wanted.tenant, connection, deadline);
-        if new {
-            tracing::info!(job = job.id, source = wanted.name.source, tenant = wanted.tenant, "job starts");
-            tokio::task::spawn_local(Rc::clone(self).drive(Rc::clone(&job), wanted));
-        }
-        Ok(Claim { hold, job: Some((job, interest)) })
+        tracing::info!(job = job.id, source = wanted.name.source, tenant = wanted.tenant, "job starts");
+        // What is there already is not loaded again.
+        let targets = places.into_iter().map(|place| wanted.targets[place].clone()).collect();
+        let wanted = Wanted { targets, ..wanted };
+        tokio::task::spawn_local(Rc::clone(self).drive(Rc::clone(&job), wanted));
+        Ok(Claim { holds, job: Some((job, interest)) })
     }
 
     /// The job that made `entry` resident, or a new one that is done already if that is forgotten.
     pub fn done(&self, entry: EntryId, name: &Name, tenant: u32) -> Rc<Job> {
         let job = self.of_entry(entry).unwrap_or_else(|| {
-            let job = self.open_job(entry, name);
+            let job = self.open_job(vec![entry], name);
             job.end(self.residency.with(entry, |entry| entry.state.digest()));
             job
         });
@@ -191,10 +212,10 @@ impl Jobs {
         Ok(())
     }
 
-    fn open_job(&self, entry: EntryId, name: &Name) -> Rc<Job> {
+    fn open_job(&self, entries: Vec<EntryId>, name: &Name) -> Rc<Job> {
         self.forget_old();
         let number = self.next.replace(self.next.get() + 1);
-        let job = Rc::new(Job::new(number, entry, name.clone()));
+        let job = Rc::new(Job::new(number, entries, name.clone()));
         self.table.borrow_mut().insert(number, Rc::clone(&job));
         job
     }
@@ -204,8 +225,8 @@ impl Jobs {
         self.table.borrow().values().filter(|job| !job.state().ended()).count()
     }
 
-    fn of_entry(&self, entry: u64) -> Option<Rc<Job>> {
-        self.table.borrow().values().rev().find(|job| job.entry == entry).cloned()
+    fn of_entry(&self, entry: EntryId) -> Option<Rc<Job>> {
+        self.table.borrow().values().rev().find(|job| job.entries.contains(&entry)).cloned()
     }
 
     /// A job that `viewer` may see.

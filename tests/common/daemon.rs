@@ -30,6 +30,7 @@ pub struct Options {
     nobody: bool,
     io_uring_refused: bool,
     notify: Option<PathBuf>,
+    environment: Vec<(String, String)>,
 }
 
 impl Options {
@@ -43,6 +44,7 @@ impl Options {
             nobody: false,
             io_uring_refused: false,
             notify: None,
+            environment: Vec::new(),
         };
         options.flags(&["--ready-pool", "0"])
     }
@@ -86,6 +88,14 @@ impl Options {
     #[allow(dead_code, reason = "not every test file needs it")]
     pub fn notify(mut self, socket: &Path) -> Options {
         self.notify = Some(socket.to_owned());
+        self
+    }
+
+    /// More variables for the daemon alone.
+    #[allow(dead_code, reason = "not every test file needs it")]
+    pub fn environment(mut self, variables: &[(&str, &str)]) -> Options {
+        self.environment
+            .extend(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         self
     }
 
@@ -136,6 +146,7 @@ impl Options {
         if let Some(socket) = &self.notify {
             command.env("NOTIFY_SOCKET", socket);
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if self.nobody {
             command.uid(NOBODY).gid(NOBODY);
         }

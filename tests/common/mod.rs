@@ -5,6 +5,7 @@
 #![allow(clippy::print_stderr, reason = "what a failed or skipped test has to say")]
 
 pub mod daemon;
+pub mod gpu;
 pub mod model;
 pub mod tenant;
 pub mod wire;

@@ -210,6 +210,20 @@ impl Connection {
         self.wait(&job["job"]["job"])
     }
 
+    /// Makes resident what a prefetch with these parameters asks for; how it failed, if it did.
+    pub fn load_on(&mut self, params: &Value) -> Result<Value, Failure> {
+        let job = self.call("artifact.prefetch", params)?;
+        let job = self.wait(&job["job"]["job"]);
+        match job.get("error") {
+            Some(error) => Err(Failure {
+                code: text(&error["code"]).to_owned(),
+                message: text(&error["message"]).to_owned(),
+                retryable: error["retryable"].as_bool().unwrap(),
+            }),
+            None => Ok(job),
+        }
+    }
+
     /// The job once it has ended.
     pub fn wait(&mut self, job: &Value) -> Value {
         let mut reply = self.call("job.wait", &json!({"job": job})).unwrap();

@@ -10,7 +10,9 @@ use std::collections::BTreeMap;
 
 mod either;
 mod node;
-pub use node::{HostStatus, PreloadStatus, ShardStatus, StatusReply, StatusRequest, TopologyRequest};
+pub use node::{
+    GpuStatus, HostStatus, PreloadStatus, ShardStatus, StatusReply, StatusRequest, TopologyRequest,
+};
 
 /// The API versions that this build speaks, newest last.
 pub const VERSIONS: &[u32] = &[1];
@@ -115,8 +117,17 @@ pub struct Device {
     pub budget_bytes: u64,
     /// Bytes that are resident or set aside there now.
     pub used_bytes: u64,
-    /// Kind of memory pages in use: `hugetlb`, `thp` or `4k`.
+    /// Kind of memory pages in use: `hugetlb`, `thp` or `4k`; `device` for a GPU.
     pub pages: String,
+    /// Name of the model of a GPU. A simulated one says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Address of a GPU on PCIe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_address: Option<String>,
+    /// Why nothing can be made resident there, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
 }
 
 /// What was found to work on this node, by trying it.
@@ -188,6 +199,17 @@ pub struct TensorInfo {
     pub nbytes: u64,
 }
 
+/// A GPU, and what of an artifact is wanted there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TargetRequest {
+    /// `gpu:GPU-<uuid>` or `gpu:<index>`.
+    pub device: String,
+    /// Only these tensors. Absent: everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub select: Option<Vec<Selector>>,
+}
+
 /// `artifact.prefetch`: starts, or joins, a job that makes an artifact resident.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -200,6 +222,10 @@ pub struct PrefetchRequest {
     /// Only these tensors. Absent: everything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub select: Option<Vec<Selector>>,
+    /// Several GPUs, such as the ranks of a tensor-parallel group with a slice each, instead of `device` and `select`.
+    /// One job fills all of them, and reads each block of the files once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub targets: Vec<TargetRequest>,
     /// Larger goes first. Default 0.
     #[serde(default)]
     pub priority: i32,
@@ -278,7 +304,8 @@ pub struct RegionView {
     pub device: String,
     /// Length of the range, bytes: the sum over `parts`.
     pub bytes: u64,
-    /// `hugetlb`, `thp` or `4k`. The range must start on a multiple of 2 MiB if it is `hugetlb`.
+    /// `hugetlb`, `thp` or `4k`: map with `mmap`; the range must start on a multiple of 2 MiB if it is `hugetlb`.
+    /// `device`: the memory of a GPU, imported with `cuMemImportFromShareableHandle` on that same GPU.
     pub pages: String,
     /// The descriptors, in order.
     pub parts: Vec<PartView>,

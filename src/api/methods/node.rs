@@ -25,6 +25,9 @@ pub struct StatusReply {
     pub features: Features,
     /// The host tier.
     pub host: HostStatus,
+    /// GPUs in use.
+    #[serde(default)]
+    pub gpus: Vec<GpuStatus>,
     /// The data-plane threads.
     pub shards: Vec<ShardStatus>,
     /// Open connections.
@@ -57,6 +60,23 @@ pub struct HostStatus {
     /// Why a better page kind is not used, if it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pages_reason: Option<String>,
+}
+
+/// The memory of one GPU.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct GpuStatus {
+    /// `gpu:GPU-<uuid>`.
+    pub device: String,
+    /// Name of the model. A simulated one says so.
+    pub name: String,
+    /// Most that may be taken: regions and what importers still hold.
+    pub budget_bytes: u64,
+    /// Bytes in regions that are resident or loading.
+    pub resident_bytes: u64,
+    /// Bytes of evicted regions that some process may still have mapped.
+    pub held_bytes: u64,
+    /// The driver's calls fail: nothing is loaded there until the daemon is restarted.
+    pub lost: bool,
 }
 
 /// One data-plane thread.

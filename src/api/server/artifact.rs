@@ -10,14 +10,15 @@ use super::connection::Connection;
 use super::writer::Attached;
 use crate::api::methods::{
     ArtifactInfo, ArtifactReply, ArtifactRequest, AttachRequest, FileInfo, ResolveReply, ResolveRequest,
-    Selector, Source, TensorInfo,
+    Source, TensorInfo,
 };
 use crate::catalog;
 use crate::error::{Code, Error, Result};
 use crate::json::shown;
 use crate::source::file::{self, OpenFile};
-use crate::tier::residency::{Entry, EntryId, Hold, State};
-use crate::transfer::{self, Claim, Name, Wanted};
+use crate::tier::DeviceId;
+use crate::tier::residency::{Content, Entry, EntryId, Hold, Region, Residency, State};
+use crate::transfer::{self, Claim, Name, Target, Wanted};
 
 impl Connection {
     /// Opens the files of a source with the client's own rights (invariant 7). Gives them and what to call them.
@@ -44,20 +45,20 @@ impl Connection {
         &self,
         source: Source,
         fds: Vec<OwnedFd>,
-        select: Option<Vec<Selector>>,
-        device: &str,
+        targets: Vec<Target>,
         priority: i32,
     ) -> Result<Wanted> {
-        check_device(device)?;
         let origin = origin(&source);
         let (files, source) = self.open(source, fds).await?;
-        let name = Name { source, origin, device: device.to_owned() };
-        Ok(Wanted { files, name, select, priority, tenant: self.tenant.uid })
+        let devices = targets.iter().map(|target| self.node.residency.device_name(target.device));
+        let name = Name { source, origin, device: devices.collect::<Vec<_>>().join(",") };
+        Ok(Wanted { files, name, targets, priority, tenant: self.tenant.uid })
     }
 
     pub(super) async fn resolve(&self, request: ResolveRequest, fds: Vec<OwnedFd>) -> Result<ResolveReply> {
         let (files, _) = self.open(request.source, fds).await?;
-        let key = transfer::key(&files, None);
+        let devices: Vec<DeviceId> = self.node.device_ids().collect();
+        let keys: Vec<_> = devices.iter().map(|device| transfer::key(&files, *device, None)).collect();
         let (limits, store) = (self.limits.clone(), self.node.store.clone());
         let entered = self.node.headers.enter().await;
         let described = transfer::blocking(move || {
@@ -67,8 +68,11 @@ impl Connection {
         });
         let (description, known, _entered) = described.await?;
         let residency = &self.node.residency;
-        let entry = residency.known(&key, self.tenant.uid);
-        let state = entry.and_then(|entry| residency.with(entry, |entry| entry.state.clone()).ok());
+        let states = devices.iter().zip(&keys).filter_map(|(device, key)| {
+            let entry = residency.known(key, self.tenant.uid)?;
+            Some((*device, residency.with(entry, |entry| entry.state.clone()).ok()?))
+        });
+        let resident: Vec<_> = states.filter(|(_, state)| state.is_resident()).collect();
         let tensors = description.tensors.iter().map(|tensor| TensorInfo {
             name: tensor.name.clone(),
             dtype: tensor.dtype.as_str().to_owned(),
@@ -77,7 +81,7 @@ impl Connection {
             nbytes: tensor.nbytes,
         });
         Ok(ResolveReply {
-            digest: known.or_else(|| state.as_ref().and_then(State::digest)),
+            digest: known.or_else(|| resident.iter().find_map(|(_, state)| state.digest())),
             format: description.format.as_str().to_owned(),
             bytes: description.files.iter().map(|file| file.bytes).sum(),
             files: description
@@ -87,7 +91,7 @@ impl Connection {
                 .collect(),
             tensors: tensors.collect(),
             metadata: description.metadata.clone(),
-            resident: state.filter(State::is_resident).map(|_| vec!["host".to_owned()]).unwrap_or_default(),
+            resident: resident.iter().map(|(device, _)| residency.device_name(*device)).collect(),
         })
     }
 
@@ -97,7 +101,7 @@ impl Connection {
         fds: Vec<OwnedFd>,
     ) -> Result<Attached> {
         let began = Instant::now();
-        check_device(&request.device)?;
+        let device = self.node.device(&request.device)?;
         if self.leases.borrow().len() >= self.limits.leases_per_connection_max as usize {
             let most = self.limits.leases_per_connection_max;
             let message = format!("this connection holds {most} leases, as many as it may: release one");
@@ -112,12 +116,13 @@ impl Connection {
         let mut loaded = false;
         let hold = match (request.source, request.digest) {
             (Some(source), None) => {
-                let wanted = self.wanted(source, fds, request.select, &request.device, 0).await?;
+                let target = Target { device, select: request.select };
+                let wanted = self.wanted(source, fds, vec![target], 0).await?;
                 timed("resolve");
                 if !request.wait {
                     self.resident(&wanted)?
                 } else {
-                    let Claim { hold, job } = self.node.jobs.want(wanted, Some(self.number), None)?;
+                    let Claim { holds, job } = self.node.jobs.want(wanted, Some(self.number), None)?;
                     if let Some((job, _interest)) = job {
                         loaded = true;
                         if request.notify {
@@ -128,12 +133,12 @@ impl Connection {
                             return Err(error);
                         }
                     }
-                    hold
+                    holds.into_iter().next().ok_or_else(crate::tier::residency::not_resident)?
                 }
             }
             (None, Some(digest)) => {
                 let select = request.select.as_deref();
-                let entry = self.node.residency.find_digest(&digest, select, self.viewer())?;
+                let entry = self.node.residency.find_digest(&digest, device, select, self.viewer())?;
                 timed("resolve");
                 self.node.residency.hold(entry)?
             }
@@ -141,6 +146,7 @@ impl Connection {
         };
         let content = hold.content()?;
         timed("load");
+        let exported = self.export(&hold, &content).await?;
         let metrics = &self.node.metrics;
         if loaded {
             metrics.waited(began.elapsed())
@@ -150,13 +156,31 @@ impl Connection {
         timings.insert("total".to_owned(), began.elapsed().as_secs_f64() * 1e3);
         let lease = self.node.next_lease();
         self.leases.borrow_mut().insert(lease, hold);
-        Ok(Attached { lease, content, timings_ms: timings })
+        let device = self.node.residency.device_name(device);
+        Ok(Attached { lease, content, device, exported, timings_ms: timings })
+    }
+
+    /// The descriptor of memory on a GPU. From here on the client's process counts as one that may have it mapped.
+    async fn export(&self, hold: &Hold, content: &Arc<Content>) -> Result<Option<OwnedFd>> {
+        let Region::Gpu(memory) = &content.region else { return Ok(None) };
+        let memory = Arc::clone(memory);
+        let exported = transfer::blocking(move || {
+            memory.export().map_err(|error| {
+                let message = format!("the memory of the GPU cannot be shared: {error}");
+                Error::new(Code::DeviceUnavailable, message)
+            })
+        });
+        let exported = exported.await?;
+        if let Some(importer) = &self.importer {
+            self.node.residency.imported(hold.id(), importer);
+        }
+        Ok(Some(exported))
     }
 
     /// A hold on what is wanted if it is resident already.
     fn resident(&self, wanted: &Wanted) -> Result<Hold> {
         let residency = &self.node.residency;
-        let entry = residency.known(&wanted.key(), self.tenant.uid);
+        let entry = wanted.keys().next().and_then(|key| residency.known(&key, self.tenant.uid));
         let entry =
             entry.filter(|entry| residency.with(*entry, |entry| entry.state.is_resident()).unwrap_or(false));
         residency.hold(entry.ok_or_else(crate::tier::residency::not_resident)?)
@@ -164,35 +188,36 @@ impl Connection {
 
     /// The entry that a request names. If its files are others now, or gone, by what they were loaded from.
     pub(super) async fn find(&self, request: ArtifactRequest, fds: Vec<OwnedFd>) -> Result<EntryId> {
-        check_device(&request.device)?;
+        let device = self.node.device(&request.device)?;
         let residency = &self.node.residency;
         let select = request.select.as_deref();
         match (request.source, request.digest) {
             (Some(source), None) => {
                 let origin = origin(&source);
                 // Loaded from files that were there before.
-                let old = || residency.find_origin(origin.as_deref()?, select, self.viewer());
+                let old = || residency.find_origin(origin.as_deref()?, device, select, self.viewer());
                 match self.open(source, fds).await {
                     Ok((files, _)) => {
-                        let key = transfer::key(&files, select);
+                        let key = transfer::key(&files, device, select);
                         let entry = residency.known(&key, self.tenant.uid);
                         entry.or_else(old).ok_or_else(crate::tier::residency::not_resident)
                     }
                     Err(error) => old().ok_or(error),
                 }
             }
-            (None, Some(digest)) => residency.find_digest(&digest, select, self.viewer()),
+            (None, Some(digest)) => residency.find_digest(&digest, device, select, self.viewer()),
             _ => Err(Error::new(Code::ApiBadParams, "name exactly one of \"source\" and \"digest\"")),
         }
     }
 
     pub(super) fn described(&self, entry: EntryId) -> Result<ArtifactReply> {
-        Ok(ArtifactReply { artifact: self.node.residency.with(entry, info)? })
+        let residency = &self.node.residency;
+        Ok(ArtifactReply { artifact: residency.with(entry, |entry| info(residency, entry))? })
     }
 }
 
 /// An entry, as clients see it.
-pub(super) fn info(entry: &Entry) -> ArtifactInfo {
+pub(super) fn info(residency: &Residency, entry: &Entry) -> ArtifactInfo {
     let content = match &entry.state {
         State::Resident(content) => Some(content),
         State::Loading => None,
@@ -201,7 +226,7 @@ pub(super) fn info(entry: &Entry) -> ArtifactInfo {
         source: entry.source.clone(),
         digest: entry.state.digest(),
         select: entry.key.select.clone(),
-        device: "host".to_owned(),
+        device: residency.device_name(entry.key.device),
         state: entry.state_name().to_owned(),
         bytes: entry.bytes,
         tensors: content.map_or(0, |content| content.tensors.len() as u64),
@@ -217,20 +242,5 @@ fn origin(source: &Source) -> Option<String> {
     match source {
         Source::Uri(uri) => Some(uri.strip_prefix("file://").unwrap_or(uri).to_owned()),
         Source::Fds(_) => None,
-    }
-}
-
-/// Only the host tier exists on this build.
-fn check_device(device: &str) -> Result<()> {
-    match device {
-        "host" => Ok(()),
-        gpu if gpu.starts_with("gpu:") => {
-            let message = format!("{gpu} is not available: this daemon has the host tier only");
-            Err(Error::new(Code::DeviceUnavailable, message))
-        }
-        other => {
-            let message = format!("{other:?} is no device: write host, gpu:GPU-<uuid> or gpu:<index>");
-            Err(Error::new(Code::ApiBadParams, message))
-        }
     }
 }

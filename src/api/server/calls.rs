@@ -13,8 +13,13 @@ use crate::api::methods::{
 };
 use crate::api::wire;
 use crate::error::{Code, Error, Result};
+use crate::tier::DeviceId;
+use crate::tier::residency::Hold;
 use crate::tier::residency::not_resident;
-use crate::transfer::Claim;
+use crate::transfer::{Claim, Target};
+
+/// Targets of one prefetch at most: more GPUs than a node has, with a slice or two for each.
+const TARGETS_MAX: usize = 64;
 
 impl Connection {
     /// Carries out a request and says what to answer.
@@ -33,7 +38,9 @@ impl Connection {
                 Ok(Outgoing::Attached(id.clone(), Box::new(self.attach(request, fds).await?)))
             }
             Call::ArtifactList(_) => {
-                let artifacts = node.residency.list(self.viewer(), super::artifact::info);
+                let residency = &node.residency;
+                let artifacts =
+                    residency.list(self.viewer(), |entry| super::artifact::info(residency, entry));
                 self.reply(id, &ListReply { artifacts })
             }
             Call::ArtifactStat(request) => {
@@ -101,16 +108,17 @@ impl Connection {
     async fn prefetch(self: &Rc<Self>, request: PrefetchRequest, fds: Vec<OwnedFd>) -> Result<PrefetchReply> {
         let deadline =
             request.deadline_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
-        let wanted =
-            self.wanted(request.source, fds, request.select, &request.device, request.priority).await?;
+        let targets = self.targets(&request)?;
+        let wanted = self.wanted(request.source, fds, targets, request.priority).await?;
         let name = wanted.name.clone();
         let connection = (!request.detach).then_some(self.number);
-        let Claim { hold, job } = self.node.jobs.want(wanted, connection, deadline)?;
+        let Claim { holds, job } = self.node.jobs.want(wanted, connection, deadline)?;
         if request.pin {
-            self.node.residency.pin(hold.id(), self.tenant.uid)?;
+            holds.iter().try_for_each(|hold| self.node.residency.pin(hold.id(), self.tenant.uid))?;
         }
+        let entry = holds.first().map(Hold::id).ok_or_else(not_resident)?;
         let job = match job {
-            None => self.node.jobs.done(hold.id(), &name, self.tenant.uid),
+            None => self.node.jobs.done(entry, &name, self.tenant.uid),
             Some((job, interest)) => {
                 let mut interests = self.interests.borrow_mut();
                 interests.retain(|_, interest| !interest.job().state().ended());
@@ -123,6 +131,31 @@ impl Connection {
             tokio::task::spawn_local(async move { connection.report(&job).await });
         }
         Ok(PrefetchReply { job: job.info() })
+    }
+
+    /// What a prefetch is asked for: one device, or several GPUs.
+    fn targets(&self, request: &PrefetchRequest) -> Result<Vec<Target>> {
+        if request.targets.is_empty() {
+            let device = self.node.device(&request.device)?;
+            return Ok(vec![Target { device, select: request.select.clone() }]);
+        }
+        let bad = |message: String| Error::new(Code::ApiBadParams, message);
+        if request.targets.len() > TARGETS_MAX {
+            let message =
+                format!("{} targets are named, and {TARGETS_MAX} are allowed", request.targets.len());
+            return Err(bad(message));
+        }
+        if request.select.is_some() || request.device != "host" {
+            return Err(bad("name either \"targets\", or \"device\" and \"select\"".to_owned()));
+        }
+        let targets = request.targets.iter().map(|target| {
+            let device = self.node.device(&target.device)?;
+            if device == DeviceId::Host {
+                return Err(bad("targets are GPUs: prefetch to the host tier by itself".to_owned()));
+            }
+            Ok(Target { device, select: target.select.clone() })
+        });
+        targets.collect()
     }
 
     async fn wait(&self, request: &JobWaitRequest) -> Result<JobReply> {

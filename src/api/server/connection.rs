@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -26,7 +27,9 @@ use crate::config::Limits;
 use crate::error::{Code, Error, Result};
 use crate::node::Node;
 use crate::sys::identity::Tenant;
+use crate::sys::peer;
 use crate::telemetry::labels::Method;
+use crate::tier::gpu::Importer;
 use crate::tier::residency::{Hold, Viewer};
 use crate::transfer::{Interest, Job, JobId};
 
@@ -42,6 +45,8 @@ pub(super) struct Connection {
     pub(super) node: Rc<Node>,
     pub(super) number: u64,
     pub(super) tenant: Tenant,
+    /// The client's process, if the kernel can name it.
+    pub(super) importer: Option<Importer>,
     pub(super) limits: Limits,
     pub(super) leases: RefCell<HashMap<u64, Hold>>,
     pub(super) interests: RefCell<HashMap<JobId, Interest>>,
@@ -65,6 +70,7 @@ pub(super) async fn serve(
         node: Rc::clone(node),
         number,
         tenant,
+        importer: peer::pidfd(socket.as_fd()).ok().map(Arc::new),
         limits,
         leases: RefCell::default(),
         interests: RefCell::default(),
@@ -105,6 +111,9 @@ impl Connection {
     /// Ends a lease. `false`: this connection has no such lease.
     pub(super) fn end_lease(&self, lease: u64) -> bool {
         let hold = self.leases.borrow_mut().remove(&lease);
+        if let (Some(hold), Some(importer)) = (&hold, &self.importer) {
+            self.node.residency.let_go_of(hold.id(), importer);
+        }
         if hold.is_some() {
             self.node.leases.set(self.node.leases.get() - 1);
             self.node.metrics.leases.dec();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,8 @@ use super::connection::Connection;
 use crate::api::methods::{AttachReply, FileView, JobInfo, PartView, RegionView, TensorView};
 use crate::api::{scm, wire};
 use crate::error::Result;
-use crate::tier::residency::Content;
+use crate::sys::mem::Sealed;
+use crate::tier::residency::{Content, Region};
 use crate::transfer;
 
 /// Replies that name more tensors are written off the control thread, which others wait for.
@@ -41,6 +42,10 @@ pub(super) enum Outgoing {
 pub(super) struct Attached {
     pub(super) lease: u64,
     pub(super) content: Arc<Content>,
+    /// Where it is, as clients call it.
+    pub(super) device: String,
+    /// The descriptor of memory on a GPU.
+    pub(super) exported: Option<OwnedFd>,
     pub(super) timings_ms: BTreeMap<String, f64>,
 }
 
@@ -56,14 +61,25 @@ impl Attached {
         transfer::blocking(move || Ok(wire::reply(&id, &reply, bytes_max)?)).await
     }
 
+    /// The descriptors that travel with the reply, in the order in which it names them.
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        match &self.content.region {
+            Region::Host(parts) => parts.iter().map(AsFd::as_fd).collect(),
+            Region::Gpu(_) => self.exported.iter().map(AsFd::as_fd).collect(),
+        }
+    }
+
     fn reply(&self) -> AttachReply {
-        let Content { description, files, tensors, digest, parts, .. } = &*self.content;
-        let part = |(fd, part): (u32, &crate::sys::mem::Sealed)| PartView { fd, bytes: part.bytes() };
+        let Content { description, files, tensors, digest, region, .. } = &*self.content;
+        let parts: Vec<u64> = match region {
+            Region::Host(parts) => parts.iter().map(Sealed::bytes).collect(),
+            Region::Gpu(memory) => vec![memory.bytes()],
+        };
         let region = RegionView {
-            device: "host".to_owned(),
+            device: self.device.clone(),
             bytes: self.content.bytes(),
             pages: self.content.pages().to_owned(),
-            parts: (0..).zip(parts).map(part).collect(),
+            parts: (0..).zip(parts).map(|(fd, bytes)| PartView { fd, bytes }).collect(),
         };
         let tensors = tensors.iter().map(|placed| {
             let tensor = &description.tensors[placed.tensor];
@@ -104,22 +120,22 @@ pub(super) async fn write(
     let timeout = Duration::from_millis(connection.limits.write_timeout_ms);
     while let Some(message) = queue.recv().await {
         match message {
-            Outgoing::Line(line) => send(socket, &line, None, timeout).await?,
+            Outgoing::Line(line) => send(socket, &line, Vec::new(), timeout).await?,
             Outgoing::Close => break,
             Outgoing::Progress(job) => {
                 if let Ok(line) = wire::progress(&job, bytes_max) {
-                    send(socket, &line, None, timeout).await?;
+                    send(socket, &line, Vec::new(), timeout).await?;
                 }
             }
             Outgoing::Attached(id, attached) => match attached.line(&id, bytes_max).await {
-                Ok(line) => send(socket, &line, Some(&attached.content), timeout).await?,
+                Ok(line) => send(socket, &line, attached.fds(), timeout).await?,
                 Err(error) => {
                     // The client never learns of this lease.
                     let lease = attached.lease;
                     drop(attached);
                     connection.end_lease(lease);
                     connection.node.metrics.error(error.code);
-                    send(socket, &wire::error_reply(&id, &error, ""), None, timeout).await?
+                    send(socket, &wire::error_reply(&id, &error, ""), Vec::new(), timeout).await?
                 }
             },
         }
@@ -127,15 +143,14 @@ pub(super) async fn write(
     Ok(())
 }
 
-/// Sends all of `line`; the descriptors of `content` go with its first byte. The timeout is for each step forward,
+/// Sends all of `line`; the descriptors go with its first byte. The timeout is for each step forward,
 /// and for each [`PACE_BYTES`] of the whole, so that a client which takes a byte now and then holds no memory for ever.
 async fn send(
     socket: &UnixStream,
     line: &[u8],
-    content: Option<&Content>,
+    mut fds: Vec<BorrowedFd<'_>>,
     timeout: Duration,
 ) -> io::Result<()> {
-    let mut fds: Vec<_> = content.iter().flat_map(|content| content.parts.iter().map(AsFd::as_fd)).collect();
     let paces = u32::try_from(line.len() / PACE_BYTES + 1).unwrap_or(u32::MAX);
     let deadline = Instant::now() + timeout.saturating_mul(paces);
     let mut sent = 0;

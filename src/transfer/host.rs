@@ -1,0 +1,150 @@
+//! Loads into the host tier: memory is taken, filled by the shard threads, and sealed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::task::JoinHandle;
+
+use super::load::{Prepared, blocking, sums, too_large, too_many_reads};
+use super::{Job, Jobs};
+use crate::error::{Code, Error, Result};
+use crate::plan::{self, Plan};
+use crate::shard::{Batch, Part, Progress, Regions};
+use crate::sys::mem::{HUGE_PAGE_BYTES, Memory, Sealed};
+use crate::tier::DeviceId;
+use crate::tier::host::Parts;
+use crate::tier::residency::{Content, Grant, Region};
+
+/// Pages of a fresh part are touched ahead of the reads in steps of this many bytes.
+const POPULATE_BYTES: u64 = 16 << 20;
+
+impl Jobs {
+    /// Makes what was prepared resident on the host tier; or gives all memory back.
+    pub(super) async fn load_host(&self, job: &Job, prepared: Prepared, priority: i32) -> Result<Content> {
+        let layout = prepared.layouts.first().ok_or_else(too_large)?;
+        let bytes = layout.bytes.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES).ok_or_else(too_large)?;
+        let Grant::Host(grant) = self.reserve(job, DeviceId::Host, bytes).await? else {
+            return Err(Error::new(Code::Internal, "the host tier gave memory of another"));
+        };
+        job.entries.iter().for_each(|entry| self.residency.takes(*entry, bytes));
+        let host = self.residency.host();
+        let Parts { parts } = host.make(grant).await?;
+        let (prepared, plan) = match self.plan_host(prepared, &parts).await {
+            Ok(planned) => planned,
+            Err(error) => {
+                host.discard(parts.into_iter().map(|(memory, _)| memory).collect());
+                return Err(error);
+            }
+        };
+        job.begin(plan.bytes);
+        let parts = parts.into_iter().map(|(memory, populated)| Part { memory: Arc::new(memory), populated });
+        let regions = Regions::Host(parts.collect());
+        let batch = Batch::new(plan, self.batch_files(&prepared), regions, Arc::clone(&job.progress));
+        let ahead = Populating::begin(&batch, &job.progress);
+        let (outcome, batch) = self.carry_out(job, batch, &prepared.files, priority).await;
+        ahead.end().await;
+        let checks = batch.as_ref().map(|batch| sums(&batch.checks)).unwrap_or_default();
+        let digest = match (&outcome, &batch) {
+            (Ok(()), Some(batch)) => self.digest(&prepared, &batch.checks).await,
+            _ => None,
+        };
+        let Some(memories) = batch.and_then(recover) else {
+            // It stays in the account of regions: lost, but never handed to anyone else.
+            tracing::error!(job = job.id, "memory leaked: a broken shard thread still owns reads into it");
+            let lost = Error::new(Code::Internal, "a shard thread did not give the job back");
+            return Err(outcome.err().unwrap_or(lost));
+        };
+        if let Err(error) = outcome {
+            host.discard(memories);
+            return Err(error);
+        }
+        let region = Region::Host(self.seal(memories)?);
+        let Prepared { description, layouts, .. } = prepared;
+        let layout = layouts.into_iter().next().ok_or_else(too_large)?;
+        Ok(Content { description, files: layout.files, tensors: layout.tensors, digest, checks, region })
+    }
+
+    async fn plan_host(&self, prepared: Prepared, parts: &[(Memory, bool)]) -> Result<(Prepared, Plan)> {
+        let part_sizes: Vec<u64> = parts.iter().map(|(memory, _)| memory.bytes()).collect();
+        let block = self.config.borrow().data_plane.block_bytes;
+        blocking(move || {
+            let layout = prepared.layouts.first().ok_or_else(too_large)?;
+            let plan =
+                plan::moves(layout, &prepared.sizes(), &part_sizes, block).ok_or_else(too_many_reads)?;
+            Ok((prepared, plan))
+        })
+        .await
+    }
+
+    /// Seals the parts of a region; or gives all of them back.
+    fn seal(&self, memories: Vec<Memory>) -> Result<Vec<Sealed>> {
+        let host = self.residency.host();
+        let mut sealed = Vec::with_capacity(memories.len());
+        let mut retired = Vec::with_capacity(memories.len());
+        let mut memories = memories.into_iter();
+        while let Some(memory) = memories.next() {
+            match memory.seal() {
+                Ok((part, mapping)) => {
+                    sealed.push(part);
+                    retired.push(mapping);
+                }
+                Err(failed) => {
+                    let (memory, error) = *failed;
+                    drop(retired);
+                    host.release(sealed);
+                    host.discard(std::iter::once(memory).chain(memories).collect());
+                    let message = format!("a region cannot be sealed: {error}");
+                    return Err(Error::new(Code::TierHostOutOfMemory, message));
+                }
+            }
+        }
+        host.unmap_later(retired);
+        Ok(sealed)
+    }
+}
+
+/// Gets the memory out of a batch that every shard thread has given back.
+fn recover(batch: Batch) -> Option<Vec<Memory>> {
+    let Regions::Host(parts) = batch.regions else { return None };
+    parts.into_iter().map(|part| Arc::into_inner(part.memory)).collect()
+}
+
+/// Threads that touch the pages of fresh parts ahead of the reads, so that reads do not wait for page faults.
+struct Populating {
+    enough: Arc<AtomicBool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Populating {
+    fn begin(batch: &Batch, progress: &Arc<Progress>) -> Populating {
+        let enough = Arc::new(AtomicBool::new(false));
+        let fresh =
+            batch.regions.parts().iter().filter(|part| !part.populated).map(|part| Arc::clone(&part.memory));
+        let tasks = fresh.map(|memory| {
+            let (enough, progress) = (Arc::clone(&enough), Arc::clone(progress));
+            tokio::task::spawn_blocking(move || {
+                for offset in (0..memory.bytes()).step_by(POPULATE_BYTES as usize) {
+                    let bytes = POPULATE_BYTES.min(memory.bytes() - offset);
+                    if enough.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    if let Err(error) = memory.populate(offset, bytes) {
+                        // A huge page that a limit withholds: touching it would end the process.
+                        let message = format!("the kernel withholds memory that it had promised: {error}");
+                        progress.fail(Error::new(Code::TierHostOutOfMemory, message));
+                        return;
+                    }
+                }
+            })
+        });
+        Populating { tasks: tasks.collect(), enough }
+    }
+
+    async fn end(self) {
+        self.enough.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            // It has nothing to report; a panic in it has been reported by the panic hook.
+            let _ = task.await;
+        }
+    }
+}

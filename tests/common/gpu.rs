@@ -1,0 +1,84 @@
+//! Tests on simulated GPUs: a test runs itself again in a process whose libcuda is the simulated one.
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+/// Set in the process that has the simulated libcuda: where its machine is.
+const INSIDE: &str = "CUDA_SIM_DIR";
+
+/// Environment variables of one run.
+pub type Variables<'a> = &'a [(&'a str, &'a str)];
+
+/// Whether this process has simulated GPUs. If not, the test `name` is run again in one that has, and must pass there.
+#[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
+pub fn simulated(name: &str, devices: &Value, more: Variables<'_>) -> bool {
+    if std::env::var(INSIDE).is_ok() {
+        return true;
+    }
+    let machine = Machine::new();
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture"])
+        .env("LD_LIBRARY_PATH", machine.libraries())
+        .env(INSIDE, machine.directory.path())
+        .env("CUDA_SIM_DEVICES", devices.to_string())
+        .envs(more.iter().copied())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{name} on simulated GPUs: {status}");
+    false
+}
+
+/// A device of so many MiB.
+pub fn device(mib: u64) -> Value {
+    json!({"memory_bytes": mib << 20})
+}
+
+/// A simulated machine: its memory, and the libraries that stand in for the driver's.
+pub struct Machine {
+    pub directory: tempfile::TempDir,
+}
+
+impl Machine {
+    pub fn new() -> Machine {
+        // In memory, as the memory of a GPU is.
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let machine = Machine { directory };
+        std::fs::create_dir(machine.libraries()).unwrap();
+        symlink(library("libcuda_sim.so"), machine.libraries().join("libcuda.so.1")).unwrap();
+        machine
+    }
+
+    pub fn libraries(&self) -> PathBuf {
+        self.directory.path().join("lib")
+    }
+}
+
+/// A library that was built beside the tests.
+fn library(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let built = own.parent().map(|folder| folder.join(name)).unwrap();
+    assert!(built.exists(), "{} was not built", built.display());
+    built
+}
+
+/// Bytes of device memory that are in use on the machine of this process, whoever uses them.
+#[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
+pub fn memory_in_use() -> u64 {
+    let machine = PathBuf::from(std::env::var(INSIDE).unwrap());
+    let folders = std::fs::read_dir(machine).unwrap().flatten().map(|entry| entry.path());
+    folders.filter(|path| path.is_dir()).map(|folder| in_use(&folder)).sum()
+}
+
+fn in_use(folder: &Path) -> u64 {
+    let files = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    let memory = files.filter(|path| path.extension().is_some_and(|extension| extension == "memory"));
+    let held = memory.filter_map(|path| {
+        let file = std::fs::File::open(path).ok()?;
+        let free = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok();
+        (!free).then(|| file.metadata().unwrap().len())
+    });
+    held.sum()
+}

@@ -1,0 +1,291 @@
+//! The GPU tier, on simulated GPUs: load, attach, share, evict, fail.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use common::daemon::{Daemon, Options};
+use common::directory;
+use common::gpu::{device, memory_in_use, simulated};
+use common::model::Model;
+use lodestream::api::methods::{AttachRequest, PrefetchRequest};
+use lodestream::client::{Attached, Client};
+use serde_json::{Value, json};
+
+fn attach(daemon: &Daemon, request: &Value) -> (Client, lodestream::Result<Attached>) {
+    let mut client = Client::connect(&daemon.socket).unwrap();
+    let request: AttachRequest = serde_json::from_value(request.clone()).unwrap();
+    let attached = client.attach(&request, &[], &mut |_| ());
+    (client, attached)
+}
+
+/// Every tensor holds what the model's seed says.
+fn verify(attached: &Attached, model: &Model) {
+    assert_eq!(attached.tensors().count(), model.tensors.len());
+    for tensor in &model.tensors {
+        let found = attached.tensor(&tensor.name).unwrap();
+        assert!(found.bytes().is_none(), "the CPU cannot read the memory of a GPU");
+        if tensor.bytes > 0 {
+            assert_eq!(found.device_address().unwrap() % 512, 0, "{} is aligned", tensor.name);
+        }
+        assert!(found.to_vec().unwrap() == tensor.contents(model.seed), "{}", tensor.name);
+    }
+}
+
+fn gpu_daemon(root: &std::path::Path, budget: &str) -> Daemon {
+    Options::new(root).budget("512MiB").flags(&["--gpu-budget", budget]).start()
+}
+
+#[test]
+fn a_model_is_loaded_once_and_attached_by_descriptor() {
+    if !simulated("a_model_is_loaded_once_and_attached_by_descriptor", &json!([device(256)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::mixed(&root.path().join("m"), 7);
+    let mut daemon = gpu_daemon(root.path(), "128MiB");
+    let request = json!({"source": model.path, "device": "gpu:0"});
+    let (mut first, attached) = attach(&daemon, &request);
+    let attached = attached.unwrap();
+    verify(&attached, &model);
+    let uuid = attached.reply().regions[0].device.clone();
+    let (_second, again) = attach(&daemon, &json!({"source": model.path, "device": uuid}));
+    let again = again.unwrap();
+    verify(&again, &model);
+    let status = daemon.status();
+    assert_eq!(status["leases"], 2);
+    assert!(status["gpus"][0]["name"].as_str().unwrap().contains("Simulated"));
+    let jobs = daemon.connect().call("job.list", &json!({})).unwrap();
+    assert_eq!(jobs["jobs"].as_array().unwrap().len(), 1, "loaded once");
+    assert_eq!(jobs["jobs"][0]["bytes"].as_u64().unwrap(), model.bytes());
+    let digest = first.list().unwrap()[0].digest.clone();
+    assert!(digest.is_some(), "every byte was read, headers too");
+
+    // Invariant 9: the daemon dying costs its clients nothing that they had attached.
+    daemon.kill();
+    verify(&attached, &model);
+    verify(&again, &model);
+    drop((attached, again));
+    assert_eq!(memory_in_use(), 0);
+}
+
+#[test]
+fn ranks_share_one_read_of_each_byte() {
+    if !simulated("ranks_share_one_read_of_each_byte", &json!([device(128), device(128)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::mixed(&root.path().join("m"), 11);
+    let daemon = gpu_daemon(root.path(), "64MiB");
+    let select = |index: u32| json!([{"name": "*.attention.weight", "dim": 0, "of": 2, "index": index}]);
+    let mut client = Client::connect(&daemon.socket).unwrap();
+    let request: PrefetchRequest = serde_json::from_value(json!({
+        "source": model.path,
+        "targets": [{"device": "gpu:0", "select": select(0)}, {"device": "gpu:1", "select": select(1)}],
+    }))
+    .unwrap();
+    let job = client.prefetch(&request, &[], &mut |_| ()).unwrap();
+    let wait = serde_json::from_value(json!({"job": job.job})).unwrap();
+    let job = client.job_wait(&wait, &mut |_| ()).unwrap();
+    assert!(job.error.is_none(), "{job:?}");
+    let wanted: Vec<_> =
+        model.tensors.iter().filter(|tensor| tensor.name.ends_with("attention.weight")).collect();
+    let bytes: u64 = wanted.iter().map(|tensor| tensor.bytes as u64).sum();
+    assert!(job.bytes <= bytes + 4 * 4096 * wanted.len() as u64, "{} bytes read for {bytes}", job.bytes);
+    for index in 0..2 {
+        let request = json!({
+            "source": model.path, "device": format!("gpu:{index}"), "select": select(index), "wait": false,
+        });
+        let (_client, attached) = attach(&daemon, &request);
+        let attached = attached.unwrap();
+        for tensor in &wanted {
+            let whole = tensor.contents(model.seed);
+            let half = whole.len() / 2;
+            let expected = &whole[index as usize * half..(index as usize + 1) * half];
+            assert!(attached.tensor(&tensor.name).unwrap().to_vec().unwrap() == expected, "{}", tensor.name);
+        }
+    }
+}
+
+#[test]
+fn memory_is_bounded_evicted_and_given_back() {
+    if !simulated("memory_is_bounded_evicted_and_given_back", &json!([device(64)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let models: Vec<_> = (0..3).map(|n| Model::mixed(&root.path().join(format!("m{n}")), n)).collect();
+    let mut daemon = gpu_daemon(root.path(), "32MiB");
+    // Each takes about 12 MiB: the third pushes out the first.
+    for model in &models {
+        let (mut client, attached) = attach(&daemon, &json!({"source": model.path, "device": "gpu:0"}));
+        let attached = attached.unwrap();
+        verify(&attached, model);
+        // This process goes on: that it has let go is known only because it says so.
+        let lease = attached.lease();
+        drop(attached);
+        client.release(lease).unwrap();
+    }
+    assert!(daemon.metric("lodestream_evictions_total", &["reason=\"budget\"", "device=\"gpu:"]) >= 1.0);
+    let gpu = |daemon: &Daemon| daemon.status()["gpus"][0].clone();
+    let used = gpu(&daemon);
+    let total = used["resident_bytes"].as_u64().unwrap() + used["held_bytes"].as_u64().unwrap();
+    assert!(total <= 32 << 20, "{used}");
+
+    // Out of budget is not out of memory.
+    let (_client, refused) = attach(&daemon, &json!({"source": root.path().join("m0"), "device": "gpu:1"}));
+    assert_eq!(refused.unwrap_err().code.as_str(), "device.unavailable");
+    let large = Model::uniform(&root.path().join("large"), 1, 4, 10 << 20);
+    let (_client, refused) = attach(&daemon, &json!({"source": large.path, "device": "gpu:0"}));
+    assert_eq!(refused.unwrap_err().code.as_str(), "tier.gpu.over_budget");
+
+    for model in &models {
+        let _ = daemon.connect().call("artifact.evict", &json!({"source": model.path, "device": "gpu:0"}));
+    }
+    daemon.until("memory given back", |daemon| gpu(daemon)["resident_bytes"] == 0);
+    assert!(daemon.terminate().success());
+    assert_eq!(memory_in_use(), 0);
+}
+
+#[test]
+fn a_device_that_is_full_says_so_and_nothing_is_lost() {
+    if !simulated("a_device_that_is_full_says_so_and_nothing_is_lost", &json!([device(8)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::mixed(&root.path().join("m"), 3);
+    let mut daemon = gpu_daemon(root.path(), "64MiB");
+    let (client, refused) = attach(&daemon, &json!({"source": model.path, "device": "gpu:0"}));
+    assert_eq!(refused.unwrap_err().code.as_str(), "tier.gpu.out_of_memory");
+    drop(client);
+    assert_eq!(daemon.status()["gpus"][0]["resident_bytes"], 0);
+    daemon.assert_idle();
+    // The host tier goes on.
+    daemon.connect().load(&model.path);
+    assert_eq!(memory_in_use(), 0);
+}
+
+#[test]
+fn asleep_and_awake_at_the_same_addresses() {
+    if !simulated("asleep_and_awake_at_the_same_addresses", &json!([device(64)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::mixed(&root.path().join("m"), 5);
+    let daemon = gpu_daemon(root.path(), "32MiB");
+    let request = json!({"source": model.path, "device": "gpu:0"});
+    let (mut client, attached) = attach(&daemon, &request);
+    let mut attached = attached.unwrap();
+    let address = attached.tensor("head.weight").unwrap().device_address();
+    client.sleep(&mut attached).unwrap();
+    assert!(attached.tensor("head.weight").unwrap().to_vec().is_err(), "asleep");
+    // Nobody has it mapped any more: evicted, its memory is free at once.
+    daemon.connect().call("artifact.evict", &request).unwrap();
+    let mut daemon = daemon;
+    daemon.until("memory given back", |_| memory_in_use() == 0);
+    let again: AttachRequest = serde_json::from_value(request).unwrap();
+    client.wake(&mut attached, &again, &[], &mut |_| ()).unwrap();
+    assert_eq!(attached.tensor("head.weight").unwrap().device_address(), address);
+    verify(&attached, &model);
+}
+
+#[test]
+fn weights_replaced_on_disk_are_a_new_version_and_old_leases_are_unharmed() {
+    let name = "weights_replaced_on_disk_are_a_new_version_and_old_leases_are_unharmed";
+    if !simulated(name, &json!([device(64)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let old = Model::mixed(&root.path().join("m"), 1);
+    let daemon = gpu_daemon(root.path(), "48MiB");
+    let request = json!({"source": old.path, "device": "gpu:0"});
+    let (_first, before) = attach(&daemon, &request);
+    let new = Model::mixed(&root.path().join("m"), 2);
+    let (_second, after) = attach(&daemon, &request);
+    verify(&before.unwrap(), &old);
+    verify(&after.unwrap(), &new);
+}
+
+#[test]
+fn what_a_process_that_goes_on_still_has_mapped_counts_as_held() {
+    let name = "what_a_process_that_goes_on_still_has_mapped_counts_as_held";
+    if !simulated(name, &json!([device(64)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let models: Vec<_> = (0..2).map(|n| Model::mixed(&root.path().join(format!("m{n}")), n)).collect();
+    let daemon = gpu_daemon(root.path(), "16MiB");
+    let (client, attached) = attach(&daemon, &json!({"source": models[0].path, "device": "gpu:0"}));
+    let attached = attached.unwrap();
+    // The lease ends with the connection; the mapping does not.
+    drop(client);
+    let other = json!({"source": models[1].path, "device": "gpu:0"});
+    let (_client, refused) = attach(&daemon, &other);
+    assert_eq!(refused.unwrap_err().code.as_str(), "tier.gpu.over_budget");
+    let gpu = daemon.status()["gpus"][0].clone();
+    assert!(gpu["held_bytes"].as_u64().unwrap() > 0, "{gpu}");
+    verify(&attached, &models[0]);
+}
+
+/// Invariants 2 and 11: whichever call to the driver fails, a load fails with a code or succeeds, and all memory comes
+/// back.
+#[test]
+fn a_fault_at_each_call_to_the_driver_costs_only_its_load() {
+    let name = "a_fault_at_each_call_to_the_driver_costs_only_its_load";
+    if !simulated(name, &json!([device(64)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::mixed(&root.path().join("m"), 1);
+    let trace = root.path().join("trace");
+    let start = |variables: &[(&str, &str)]| {
+        let options = Options::new(root.path()).budget("64MiB").flags(&["--gpu-budget", "32MiB"]);
+        options.environment(variables)
+    };
+    let request = json!({"source": model.path, "device": "gpu:0"});
+    // Which calls a load makes of which function, beyond those of the start.
+    let counts = |text: &str| {
+        let mut counts = std::collections::BTreeMap::<String, u64>::new();
+        for line in text.lines() {
+            *counts.entry(line.split(' ').next().unwrap().to_owned()).or_default() += 1;
+        }
+        counts
+    };
+    let mut daemon = start(&[("CUDA_SIM_TRACE", trace.to_str().unwrap())]).start();
+    let before = counts(&std::fs::read_to_string(&trace).unwrap());
+    daemon.connect().load_on(&request).unwrap();
+    assert!(daemon.terminate().success());
+    let after = counts(&std::fs::read_to_string(&trace).unwrap());
+    let mut cases = vec![("copy".to_owned(), 1), ("copy".to_owned(), 5)];
+    for (name, count) in &after {
+        let first = before.get(name).copied().unwrap_or(0) + 1;
+        // The first and the last call of a load stand for those between.
+        cases.extend(
+            [first, *count]
+                .into_iter()
+                .filter(|call| *call >= first && call <= count)
+                .map(|call| (name.clone(), call)),
+        );
+    }
+    cases.dedup();
+    assert!(cases.iter().any(|(name, _)| name == "cuMemcpyHtoDAsync_v2"), "{cases:?}");
+    let mut failures = 0;
+    for (name, call) in cases {
+        for code in ["OUT_OF_MEMORY", "LAUNCH_FAILED", "LOST"] {
+            let fault = format!("{name}:{call}={code}");
+            let mut daemon = start(&[("CUDA_SIM_FAULT", &fault)]).start();
+            let failed = daemon.connect().load_on(&request);
+            if let Err(failure) = failed {
+                let expected =
+                    ["device.copy_failed", "device.lost", "device.unavailable", "tier.gpu.out_of_memory"];
+                assert!(expected.contains(&failure.code.as_str()), "{fault}: {failure:?}");
+                failures += 1;
+            }
+            let _ = daemon.connect().call("artifact.evict", &request);
+            daemon.until("memory given back", |daemon| daemon.status()["gpus"][0]["resident_bytes"] == 0);
+            // The host tier is not concerned.
+            daemon.connect().load(&model.path);
+            assert!(daemon.terminate().success(), "{fault}");
+            assert_eq!(memory_in_use(), 0, "{fault}");
+        }
+    }
+    assert!(failures > 20, "only {failures} faults made a load fail");
+}
