@@ -137,20 +137,21 @@ lodestream_crc64_chunks(const unsigned char* __restrict__ data, u64 bytes, u64 c
     const u64 length = bytes - start < chunk_bytes ? bytes - start : chunk_bytes;
     const unsigned char* const first = data + start;
 
-    // The chunk is a head of at most 3 bytes up to an aligned address, whole words, and a tail of at most 3 bytes.
+    // The chunk is a head of a few bytes up to an aligned address, whole words, and a tail of at most 3 bytes. The state
+    // that the checksum has after the head is added to the first two words, and so both must lie in the first round:
+    // a word that would be there alone belongs to the head.
+    const u64 round_words = ROWS * COLUMNS;
     const u64 unaligned = -(u64)first & 3;
-    const u64 head = unaligned < length ? unaligned : length;
+    u64 head = unaligned < length ? unaligned : length;
+    if ((length - head) / 4 % round_words == 1) head += 4;
     const u64 words = (length - head) / 4;
     const u64 state = after_bytes(~0ull, first, head);
-    if (words < 2) {
-        // Too short for the state, which is two words long, to be added to words.
+    if (words == 0) {
         if (thread == 0) sums[chunk] = ~after_bytes(state, first + head, length - head);
         return;
     }
 
-    // Zero words before the first fill the table up to whole rounds of 64 rows: they change nothing, because what the
-    // checksum begins with is added to the first two words.
-    const u64 round_words = ROWS * COLUMNS;
+    // Zero words before the first fill the table up to whole rounds of 64 rows; they change nothing.
     const u64 rounds = (words + round_words - 1) / round_words;
     const u64 filling = rounds * round_words - words;
     const u32* const body = (const u32*)(first + head);
@@ -196,10 +197,7 @@ lodestream_crc64_chunks(const unsigned char* __restrict__ data, u64 bytes, u64 c
             divide<64, 128>(window, upper);
             Image lower = {image + ROWS * columns + thread, columns};
             divide<0, 64>(window, lower);
-        }
-        // Nobody writes to the image before everybody has read it.
-        __syncthreads();
-        if (thread < columns) {
+            // No barrier here: these places are the thread's own upper rows, and nobody else reads them.
 #pragma unroll
             for (int row = 0; row < ROWS; ++row) image[row * columns + thread] = window[row];
         }
