@@ -72,6 +72,7 @@ fn every_variable_reaches_its_key() {
             ("LODESTREAM_METRICS_LISTEN", "[::1]:9464"),
             ("LODESTREAM_HOST_BUDGET", "2GiB"),
             ("LODESTREAM_READY_POOL", "0"),
+            ("LODESTREAM_GPU_BUDGET", "3GiB"),
             ("LODESTREAM_PAGES", "4k"),
             ("LODESTREAM_RESERVE_HUGE_PAGES", "1"),
             ("LODESTREAM_READER", "preadv2"),
@@ -100,13 +101,14 @@ fn every_variable_reaches_its_key() {
             pages: Pages::Small,
             reserve_huge_pages: true,
         },
+        gpu: Gpu { budget_bytes: 3 * GIB, devices: Vec::new() },
         data_plane: DataPlane { reader: Reader::Preadv2, ..default.data_plane.clone() },
         preload: vec![preload("/m", "host"), preload("file:///n", "gpu:1")],
         log: Log { format: LogFormat::Json, level: "warn".to_owned() },
         ..default
     };
     assert_eq!(config, expected);
-    assert!(flags::NAMES.len() == 13, "a new variable needs a line above");
+    assert!(flags::NAMES.len() == 14, "a new variable needs a line above");
 }
 
 #[test]

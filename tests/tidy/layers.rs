@@ -16,7 +16,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     ("cli::serve", &["daemon", "cli"]),
     ("cli", &["client", "API", "topology"]),
-    ("client", &["API", "sys::map", "topology"]),
+    ("client", &["API", "sys::cuda", "sys::map", "topology"]),
     ("daemon", &["api", "node", "NODE", "json"]),
     ("api::methods", &[]),
     ("api::call", &["API", "topology"]),
