@@ -107,6 +107,35 @@ fn ranks_share_one_read_of_each_byte() {
 }
 
 #[test]
+fn what_is_on_the_host_tier_is_copied_from_there_and_not_read_again() {
+    let name = "what_is_on_the_host_tier_is_copied_from_there_and_not_read_again";
+    if !simulated(name, &json!([device(64), device(64)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::mixed(&root.path().join("m"), 9);
+    // A pool makes regions of several parts.
+    let options = Options::new(root.path()).budget("512MiB").pool("64MiB").flags(&["--gpu-budget", "48MiB"]);
+    let daemon = options.start();
+    daemon.connect().load(&model.path);
+    let (_first, attached) = attach(&daemon, &json!({"source": model.path, "device": "gpu:0"}));
+    verify(&attached.unwrap(), &model);
+    let select = json!([{"name": "head.weight", "dim": 1, "of": 4, "index": 2}, "embed.*"]);
+    let request = json!({"source": model.path, "device": "gpu:1", "select": select});
+    let (_second, part) = attach(&daemon, &request);
+    let part = part.unwrap();
+    let head = model.tensors.iter().find(|tensor| tensor.name == "head.weight").unwrap().contents(9);
+    let expected: Vec<u8> = head.chunks(10_000).flat_map(|row| row[5000..7500].to_vec()).collect();
+    assert!(part.tensor("head.weight").unwrap().to_vec().unwrap() == expected);
+    let jobs = daemon.connect().call("job.list", &json!({})).unwrap();
+    for job in &jobs["jobs"].as_array().unwrap()[..2] {
+        let path = job["path"].as_object().unwrap();
+        assert_eq!(path.keys().collect::<Vec<_>>(), ["host"], "{job}");
+    }
+    assert!(daemon.metric("lodestream_promoted_bytes_total", &[]) > 12e6);
+}
+
+#[test]
 fn memory_is_bounded_evicted_and_given_back() {
     if !simulated("memory_is_bounded_evicted_and_given_back", &json!([device(64)]), &[]) {
         return;

@@ -199,6 +199,16 @@ pub fn packed(files: &[u64], tensors: &[Tensor], picks: Option<&[Pick]>) -> Opti
 }
 
 impl Layout {
+    /// What is placed where: file, bytes of it, region offset.
+    pub fn runs(&self) -> impl Iterator<Item = (u32, &Runs, u64)> {
+        self.extents.iter().map(|extent| (extent.file, &extent.runs, extent.place))
+    }
+
+    /// Sum of what is placed, bytes.
+    pub fn wanted_bytes(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.runs.bytes * extent.runs.count).sum()
+    }
+
     fn nothing_of(files: usize) -> Layout {
         Layout { bytes: 0, files: vec![None; files], tensors: Vec::new(), whole: false, extents: Vec::new() }
     }

@@ -22,19 +22,22 @@ pub enum Path {
     Cached,
     /// Read through the page cache, because the file system refuses O_DIRECT.
     Buffered,
+    /// Copied from the host tier to a GPU, by the GPU.
+    Host,
 }
 
 impl Path {
     /// All of them, in the order of the counters.
-    pub const ALL: [Path; 4] = [Path::Direct, Path::Staged, Path::Cached, Path::Buffered];
+    pub const ALL: [Path; 5] = [Path::Direct, Path::Staged, Path::Cached, Path::Buffered, Path::Host];
 
-    /// `direct`, `staged`, `cached` or `buffered`.
+    /// `direct`, `staged`, `cached`, `buffered` or `host`.
     pub fn as_str(self) -> &'static str {
         match self {
             Path::Direct => "direct",
             Path::Staged => "staged",
             Path::Cached => "cached",
             Path::Buffered => "buffered",
+            Path::Host => "host",
         }
     }
 }
@@ -217,7 +220,8 @@ impl Progress {
         self.failure.get()
     }
 
-    pub(super) fn arrived(&self, path: Path, bytes: u64) {
+    /// Bytes have arrived.
+    pub fn arrived(&self, path: Path, bytes: u64) {
         self.bytes[path as usize].fetch_add(bytes, Ordering::Relaxed);
     }
 

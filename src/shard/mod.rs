@@ -31,6 +31,7 @@ pub use batch::{Assignment, Batch, BatchFile, DeviceRegion, Landing, Part, Path,
 use preadv2::Preadv2;
 use reader::Reader;
 use uplink::Uplink;
+pub use uplink::copy_error;
 
 /// Assignments that may wait in the mailbox of one shard thread. `limits.jobs_max` keeps it from filling.
 const MAILBOX_MAX: usize = 4096;

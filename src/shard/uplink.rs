@@ -63,7 +63,7 @@ impl<P> Uplink<P> {
         upload.load(slot);
         let copies = batch.plan.copies_of(step);
         let begun = copies.iter().try_for_each(|copy| self.begin(&mut upload, regions, copy));
-        let begun = begun.and_then(|()| upload.started(&self.streams).map_err(failed));
+        let begun = begun.and_then(|()| upload.started(&self.streams).map_err(copy_error));
         match begun {
             Ok(()) => {
                 checked(upload.bytes());
@@ -92,7 +92,7 @@ impl<P> Uplink<P> {
             stride: copy.stride,
             count: copy.count,
         };
-        upload.copy(&self.streams, region.device, &region.memory, rows).map_err(failed)
+        upload.copy(&self.streams, region.device, &region.memory, rows).map_err(copy_error)
     }
 
     /// Waits for all copies and puts the slots out of use: the thread ends.
@@ -113,7 +113,7 @@ impl<P> Uplink<P> {
                     break;
                 }
                 Err(error) => {
-                    ended = Some((at, Err(failed(error))));
+                    ended = Some((at, Err(copy_error(error))));
                     break;
                 }
             }
@@ -126,7 +126,8 @@ impl<P> Uplink<P> {
     }
 }
 
-fn failed(error: CudaError) -> Error {
+/// What a call to the driver that failed means for a load.
+pub fn copy_error(error: CudaError) -> Error {
     let (code, rest) = match error.is_fatal() {
         true => (Code::DeviceLost, "the device is not used any more until the daemon is restarted"),
         false => (Code::DeviceCopyFailed, "ask again; if it stays, look at the driver's log (dmesg)"),

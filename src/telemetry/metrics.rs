@@ -62,6 +62,8 @@ pub struct Metrics {
     pub pool_bytes: Gauge,
     /// Bytes of staging memory given up because a shard could not drain.
     pub staging_leaked_bytes: Counter,
+    /// Bytes that GPUs have copied from the host tier.
+    pub promoted_bytes: Counter,
 
     attach_seconds: Histogram,
     wait_seconds: Seconds,
@@ -141,6 +143,7 @@ impl Metrics {
             shard_reads_in_flight: t.add("shard_reads_in_flight", "Reads submitted", Family::default()),
             shard_slots_bytes: t.bytes("shard_slots_in_use", "Staging memory in use", Family::default()),
             shard_seconds: t.seconds("shard", "Time of a shard thread, by phase", Family::default()),
+            promoted_bytes: t.bytes("promoted", "Copied from the host tier to GPUs", Counter::default()),
             staging_leaked_bytes: t.bytes(
                 "staging_leaked",
                 "Staging memory given up because its reads could not be drained",

@@ -13,9 +13,9 @@ use crate::tier::DeviceId;
 use crate::tier::residency::{Content, Grant, Region};
 
 /// Memory on one device that is being filled.
-struct Taken {
-    device: usize,
-    memory: Arc<DeviceMemory>,
+pub(super) struct Taken {
+    pub(super) device: usize,
+    pub(super) memory: Arc<DeviceMemory>,
 }
 
 impl Jobs {
@@ -25,10 +25,10 @@ impl Jobs {
         job: &Job,
         prepared: Prepared,
         targets: &[Target],
-        priority: i32,
+        (priority, tenant): (i32, u32),
     ) -> Result<Vec<Content>> {
         let mut taken = Vec::with_capacity(targets.len());
-        let result = self.take_and_fill(job, prepared, targets, priority, &mut taken).await;
+        let result = self.take_and_fill(job, prepared, targets, (priority, tenant), &mut taken).await;
         if result.is_err() {
             for Taken { device, memory } in taken {
                 self.residency.gpus()[device].discard(memory);
@@ -47,10 +47,15 @@ impl Jobs {
         job: &Job,
         prepared: Prepared,
         targets: &[Target],
-        priority: i32,
+        (priority, tenant): (i32, u32),
         taken: &mut Vec<Taken>,
     ) -> Result<Vec<Content>> {
         self.take(job, &prepared, targets, taken).await?;
+        if let Some((_hold, content)) = self.on_host(&prepared, tenant)
+            && let Some(checks) = self.promote(job, &prepared, &content, taken).await?
+        {
+            return Ok(contents(prepared, content.digest.clone(), checks, taken));
+        }
         let block = self.config.borrow().data_plane.block_bytes;
         let planned = blocking(move || {
             let plan =
@@ -76,14 +81,7 @@ impl Jobs {
             Ok((checks.collect::<Vec<_>>(), prepared))
         });
         let (checks, prepared) = checked.await?;
-        let Prepared { layouts, description, .. } = prepared;
-        let contents =
-            layouts.into_iter().zip(checks).zip(taken.drain(..)).map(|((layout, checks), taken)| {
-                let region = Region::Gpu(taken.memory);
-                let (description, digest) = (description.clone(), digest.clone());
-                Content { description, files: layout.files, tensors: layout.tensors, digest, checks, region }
-            });
-        Ok(contents.collect())
+        Ok(contents(prepared, digest, checks, taken))
     }
 
     /// Takes memory on each device, in the order of the devices: two jobs never wait for each other's.
@@ -145,6 +143,22 @@ impl Jobs {
             }
         }
     }
+}
+
+/// What is resident from now on.
+fn contents(
+    prepared: Prepared,
+    digest: Option<String>,
+    checks: Vec<Box<[u64]>>,
+    taken: &mut Vec<Taken>,
+) -> Vec<Content> {
+    let Prepared { layouts, description, .. } = prepared;
+    let contents = layouts.into_iter().zip(checks).zip(taken.drain(..)).map(|((layout, checks), taken)| {
+        let region = Region::Gpu(taken.memory);
+        let (description, digest) = (description.clone(), digest.clone());
+        Content { description, files: layout.files, tensors: layout.tensors, digest, checks, region }
+    });
+    contents.collect()
 }
 
 /// The checksum of each tensor of a region, put together from those of the copies that filled it.

@@ -87,7 +87,7 @@ impl Jobs {
         let contents = if wanted.targets.iter().all(|target| target.device == DeviceId::Host) {
             self.load_host(job, prepared, wanted.priority).await.map(|content| vec![content])
         } else {
-            self.load_gpus(job, prepared, &wanted.targets, wanted.priority).await
+            self.load_gpus(job, prepared, &wanted.targets, (wanted.priority, wanted.tenant)).await
         };
         host.load_ends();
         contents
@@ -295,7 +295,7 @@ pub(super) fn too_many_reads() -> Error {
 }
 
 /// Resolves when a job should stop, with the reason.
-async fn stop_reason(job: &Job) -> Error {
+pub(super) async fn stop_reason(job: &Job) -> Error {
     loop {
         if let Some(reason) = job.reason_to_stop() {
             return reason;

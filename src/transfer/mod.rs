@@ -8,6 +8,7 @@ mod gpu;
 mod host;
 mod job;
 mod load;
+mod promote;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

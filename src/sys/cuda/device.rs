@@ -39,6 +39,8 @@ pub struct Device {
     pub shareable: bool,
     /// Whether memory of its own kind can be registered with RDMA NICs.
     direct_rdma: bool,
+    /// Whether host memory that may only be read can be registered.
+    read_only_register: bool,
 }
 
 impl Device {
@@ -90,6 +92,7 @@ fn device(index: i32) -> Result<Device, CudaError> {
     let vmm = attribute(Attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED, ordinal)?;
     let fds = attribute(Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, ordinal)?;
     let rdma = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED, ordinal)?;
+    let read_only = attribute(Attribute::CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED, ordinal)?;
     Ok(Device {
         ordinal,
         uuid: format!("{prefix}-{}", hyphenated(uuid)),
@@ -98,6 +101,7 @@ fn device(index: i32) -> Result<Device, CudaError> {
         pci_address: pci.ok().map(|address| address.to_ascii_lowercase()),
         shareable: vmm != 0 && fds != 0,
         direct_rdma: rdma != 0,
+        read_only_register: read_only != 0,
     })
 }
 
@@ -159,6 +163,10 @@ impl Context {
     /// Whether memory may be made so that RDMA NICs can register it.
     pub(super) fn direct_rdma(&self) -> bool {
         self.device.direct_rdma
+    }
+
+    pub(super) fn read_only_register(&self) -> bool {
+        self.device.read_only_register
     }
 
     pub(super) fn ordinal(&self) -> i32 {

@@ -11,10 +11,13 @@ use cudarc::driver::sys::{
 
 use super::device::Context;
 use super::{CudaError, check, invalid};
+use crate::sys::map::ReadMap;
 use crate::sys::mem::Memory;
 
 /// Host memory is registered for the contexts of all devices.
 const REGISTER_PORTABLE: u32 = 1;
+/// The device only reads it: needed for mappings that this process itself may only read.
+const REGISTER_READ_ONLY: u32 = 8;
 
 /// What is asked of the driver for memory that is shared by descriptor.
 fn properties(context: &Context) -> CUmemAllocationProp {
@@ -284,6 +287,74 @@ impl Drop for Pinned {
         if self.context.bind().is_ok() {
             // SAFETY: registered by `new`, and still mapped.
             let _ = unsafe { sys::cuMemHostUnregister(self.memory.address().as_ptr().cast()) };
+        }
+    }
+}
+
+/// Sealed memory of the host tier, mapped read-only and known to the driver, so that the devices copy from it by
+/// themselves.
+#[derive(Debug)]
+pub struct PinnedMap {
+    map: ReadMap,
+    /// Where each part begins and ends: a copy that crosses a border is two.
+    parts: Vec<std::ops::Range<u64>>,
+    registered: usize,
+    context: Arc<Context>,
+}
+
+impl PinnedMap {
+    /// Maps and registers the parts of a region.
+    ///
+    /// # Errors
+    /// In words; the region can be read in other ways then.
+    pub fn new(context: &Arc<Context>, parts: Vec<(OwnedFd, u64)>) -> Result<PinnedMap, String> {
+        let mut at = 0u64;
+        let ranges = parts.iter().map(|(_, bytes)| {
+            at += bytes;
+            at - bytes..at
+        });
+        let ranges: Vec<_> = ranges.collect();
+        let map = ReadMap::from_parts(parts).map_err(|error| error.to_string())?;
+        let mut pinned = PinnedMap { map, parts: ranges, registered: 0, context: Arc::clone(context) };
+        pinned.register().map_err(|error| error.to_string())?;
+        Ok(pinned)
+    }
+
+    fn register(&mut self) -> Result<(), CudaError> {
+        self.context.bind()?;
+        let read_only = if self.context.read_only_register() { REGISTER_READ_ONLY } else { 0 };
+        for part in &self.parts {
+            let bytes = &self.map.as_slice()[part.start as usize..part.end as usize];
+            let start = bytes.as_ptr().cast_mut().cast();
+            // SAFETY: mapped as long as `map` lives, and taken out on drop before it goes. The device only reads it.
+            let result =
+                unsafe { sys::cuMemHostRegister_v2(start, bytes.len(), REGISTER_PORTABLE | read_only) };
+            check("cuMemHostRegister", result)?;
+            self.registered += 1;
+        }
+        Ok(())
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        self.map.as_slice()
+    }
+
+    /// Where the part ends that holds the byte at `offset`.
+    pub fn part_end(&self, offset: u64) -> Option<u64> {
+        self.parts.iter().find(|part| part.contains(&offset)).map(|part| part.end)
+    }
+}
+
+impl Drop for PinnedMap {
+    fn drop(&mut self) {
+        if self.context.bind().is_err() {
+            return;
+        }
+        for part in &self.parts[..self.registered] {
+            let start = self.map.as_slice()[part.start as usize..].as_ptr().cast_mut().cast();
+            // SAFETY: registered by `register`, and still mapped.
+            let _ = unsafe { sys::cuMemHostUnregister(start) };
         }
     }
 }

@@ -8,7 +8,9 @@
 //! call, so objects can move between threads.
 
 mod device;
+mod kernel;
 mod memory;
+mod promotion;
 mod stream;
 
 use std::fmt;
@@ -16,7 +18,9 @@ use std::fmt;
 use cudarc::driver::sys::{self, CUresult};
 
 pub use device::{Context, Device, Found, find};
-pub use memory::{DeviceMemory, Imported, Pinned};
+pub use kernel::Checksums;
+pub use memory::{DeviceMemory, Imported, Pinned, PinnedMap};
+pub use promotion::Promotion;
 pub use stream::{Rows, Stream, Upload};
 
 /// A call to the driver that failed.

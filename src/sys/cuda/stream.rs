@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUDA_MEMCPY2D, CUevent, CUmemorytype, CUresult, CUstream};
+use cudarc::driver::sys::{self, CUDA_MEMCPY2D, CUdeviceptr, CUevent, CUmemorytype, CUresult, CUstream};
 
 use super::device::Context;
 use super::memory::DeviceMemory;
@@ -38,6 +38,57 @@ impl Stream {
         // SAFETY: `raw` lives through the call; the context is current.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut raw, STREAM_NON_BLOCKING) })?;
         Ok(Stream { context: Arc::clone(context), raw })
+    }
+}
+
+impl Stream {
+    /// Starts a copy of rows that begin with `source` to `address`.
+    ///
+    /// The caller has checked that all rows are inside both, and keeps both until the copy is done.
+    pub(super) fn start(&self, address: CUdeviceptr, source: &[u8], rows: Rows) -> Result<(), CudaError> {
+        self.context.bind()?;
+        if rows.count == 1 {
+            // SAFETY: the caller's promise.
+            let result = unsafe {
+                sys::cuMemcpyHtoDAsync_v2(address, source.as_ptr().cast(), rows.bytes as usize, self.raw)
+            };
+            return check("cuMemcpyHtoDAsync", result);
+        }
+        let copy = CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: source.as_ptr().cast(),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: rows.stride as usize,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: address,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: rows.bytes as usize,
+            WidthInBytes: rows.bytes as usize,
+            Height: rows.count as usize,
+        };
+        // SAFETY: the caller's promise, for all rows.
+        check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.raw) })
+    }
+
+    /// Waits for all work in it.
+    pub(super) fn finish(&self) -> Result<(), CudaError> {
+        self.context.bind()?;
+        // SAFETY: alive.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.raw) })
+    }
+
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    pub(super) fn raw(&self) -> CUstream {
+        self.raw
     }
 }
 
@@ -129,7 +180,7 @@ pub struct Rows {
 
 impl Rows {
     /// Bytes of the span up to the end of the last row, and bytes in the device memory.
-    fn extent(&self) -> Option<(u64, u64)> {
+    pub(super) fn extent(&self) -> Option<(u64, u64)> {
         let last = self.count.checked_sub(1)?.checked_mul(self.stride)?;
         let span_end = self.span_offset.checked_add(last)?.checked_add(self.bytes)?;
         let fits = self.stride >= self.bytes && self.bytes > 0;
@@ -179,26 +230,8 @@ impl Upload {
             self.targets.push(Arc::clone(target));
         }
         self.open[lane] = true;
-        if rows.count == 1 {
-            // SAFETY: both ranges are inside their memories (checked above), and `self` keeps both until the copy is
-            // done.
-            let result = unsafe {
-                sys::cuMemcpyHtoDAsync_v2(address, source.as_ptr().cast(), rows.bytes as usize, stream.raw)
-            };
-            return check(CALL, result);
-        }
-        // SAFETY: a plain struct of integers and pointers, for which zeros are valid.
-        let mut copy: CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
-        copy.srcMemoryType = CUmemorytype::CU_MEMORYTYPE_HOST;
-        copy.srcHost = source.as_ptr().cast();
-        copy.srcPitch = rows.stride as usize;
-        copy.dstMemoryType = CUmemorytype::CU_MEMORYTYPE_DEVICE;
-        copy.dstDevice = address;
-        copy.dstPitch = rows.bytes as usize;
-        copy.WidthInBytes = rows.bytes as usize;
-        copy.Height = rows.count as usize;
-        // SAFETY: as above, for all rows: `extent` is their hull.
-        check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.raw) })
+        // Both ranges are inside their memories (checked above), and `self` keeps both until the copy is done.
+        stream.start(address, source, rows)
     }
 
     /// All copies are started: from here on [`Upload::done`] may be asked.
