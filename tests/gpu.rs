@@ -5,7 +5,7 @@ mod common;
 
 use common::daemon::{Daemon, Options};
 use common::directory;
-use common::gpu::{device, memory_in_use, simulated};
+use common::gpu::{corrupt, device, memory_in_use, simulated};
 use common::model::Model;
 use lodestream::api::methods::{AttachRequest, PrefetchRequest};
 use lodestream::client::{Attached, Client};
@@ -77,6 +77,8 @@ fn ranks_share_one_read_of_each_byte() {
     let model = Model::mixed(&root.path().join("m"), 11);
     let daemon = gpu_daemon(root.path(), "64MiB");
     let select = |index: u32| json!([{"name": "*.attention.weight", "dim": 0, "of": 2, "index": index}]);
+    // Along the inner dimension: a piece of every row.
+    let columns = |index: u32| json!([{"name": "head.weight", "dim": 1, "of": 2, "index": index}]);
     let mut client = Client::connect(&daemon.socket).unwrap();
     let request: PrefetchRequest = serde_json::from_value(json!({
         "source": model.path,
@@ -103,6 +105,26 @@ fn ranks_share_one_read_of_each_byte() {
             let expected = &whole[index as usize * half..(index as usize + 1) * half];
             assert!(attached.tensor(&tensor.name).unwrap().to_vec().unwrap() == expected, "{}", tensor.name);
         }
+    }
+    let request: PrefetchRequest = serde_json::from_value(json!({
+        "source": model.path,
+        "targets": [{"device": "gpu:0", "select": columns(0)}, {"device": "gpu:1", "select": columns(1)}],
+    }))
+    .unwrap();
+    let job = client.prefetch(&request, &[], &mut |_| ()).unwrap();
+    let wait = serde_json::from_value(json!({"job": job.job})).unwrap();
+    let job = client.job_wait(&wait, &mut |_| ()).unwrap();
+    let head = model.tensors.iter().find(|tensor| tensor.name == "head.weight").unwrap();
+    assert!(job.bytes <= head.bytes as u64 + 2 * 4096, "{} bytes read for {}", job.bytes, head.bytes);
+    for index in 0..2 {
+        let request = json!({
+            "source": model.path, "device": format!("gpu:{index}"), "select": columns(index), "wait": false,
+        });
+        let (_client, attached) = attach(&daemon, &request);
+        let from = index as usize * 5000;
+        let rows = head.contents(model.seed);
+        let expected: Vec<u8> = rows.chunks(10_000).flat_map(|row| row[from..from + 5000].to_vec()).collect();
+        assert!(attached.unwrap().tensor("head.weight").unwrap().to_vec().unwrap() == expected);
     }
 }
 
@@ -317,4 +339,39 @@ fn a_fault_at_each_call_to_the_driver_costs_only_its_load() {
         }
     }
     assert!(failures > 20, "only {failures} faults made a load fail");
+}
+
+#[test]
+fn a_memory_error_is_found_in_place_and_the_artifact_loaded_anew() {
+    let name = "a_memory_error_is_found_in_place_and_the_artifact_loaded_anew";
+    if !simulated(name, &json!([device(64)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::mixed(&root.path().join("m"), 4);
+    let plain = root.path().join("plain.bin");
+    std::fs::write(&plain, vec![3; 3_000_001]).unwrap();
+    let daemon = gpu_daemon(root.path(), "48MiB");
+    for (source, select) in
+        [(&model.path, json!(null)), (&plain, json!(null)), (&model.path, json!(["layers.*"]))]
+    {
+        for device in ["host", "gpu:0"] {
+            let request = json!({"source": source, "device": device, "select": select, "verify": true});
+            let (_client, attached) = attach(&daemon, &request);
+            let timings = attached.unwrap().reply().timings_ms.clone();
+            assert!(timings.contains_key("verify"), "{timings:?}");
+        }
+    }
+    let request = json!({"source": model.path, "device": "gpu:0"});
+    let (_client, before) = attach(&daemon, &request);
+    let before = before.unwrap();
+    let place = before.reply().tensors.iter().find(|tensor| tensor.name == "head.weight").unwrap().offset;
+    corrupt(place + 12_345);
+    let (_client, refused) =
+        attach(&daemon, &json!({"source": model.path, "device": "gpu:0", "verify": true}));
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code.as_str(), "catalog.checksum_mismatch");
+    assert!(refused.message.contains("head.weight"), "{refused}");
+    let (_client, again) = attach(&daemon, &json!({"source": model.path, "device": "gpu:0", "verify": true}));
+    verify(&again.unwrap(), &model);
 }

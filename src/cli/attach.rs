@@ -34,6 +34,10 @@ pub(super) struct Args {
     #[arg(long)]
     open: bool,
 
+    /// Before it is handed out, compare what is in memory with the checksums of when it arrived
+    #[arg(long)]
+    verify: bool,
+
     /// Keep the lease until SIGINT, SIGTERM or the end of stdin
     #[arg(long)]
     hold: bool,
@@ -61,6 +65,7 @@ fn attach(context: &Context, args: &Args, client: &mut Client) -> Result<Attache
         device: args.device.clone(),
         select: (!args.select.is_empty()).then(|| args.select.clone()),
         wait: !args.no_wait,
+        verify: args.verify,
         notify: progress.wanted(),
     };
     if let Some(digest) = source::digest(&args.source) {

@@ -204,6 +204,13 @@ impl Layout {
         self.extents.iter().map(|extent| (extent.file, &extent.runs, extent.place))
     }
 
+    /// What can be checked by itself: the tensors, then what is resident as whole files; region offset and bytes.
+    /// `files` are the sizes in bytes.
+    pub fn pieces(&self, files: &[u64]) -> Vec<(u64, u64)> {
+        let whole = self.files.iter().zip(files).filter_map(|(place, bytes)| Some(((*place)?, *bytes)));
+        self.tensors.iter().map(|tensor| (tensor.offset, tensor.nbytes)).chain(whole).collect()
+    }
+
     /// Sum of what is placed, bytes.
     pub fn wanted_bytes(&self) -> u64 {
         self.extents.iter().map(|extent| extent.runs.bytes * extent.runs.count).sum()

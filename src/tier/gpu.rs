@@ -7,14 +7,14 @@
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::sync::Notify;
 
 use super::Shortage;
 use crate::error::{Code, Error, Result};
-use crate::sys::cuda::{Context, CudaError, DeviceMemory};
+use crate::sys::cuda::{Checksums, Context, CudaError, DeviceMemory};
 
 /// A process that was sent the descriptor of a region: readable once it has ended.
 pub type Importer = Arc<OwnedFd>;
@@ -57,6 +57,8 @@ pub struct Gpu {
     budget: Cell<u64>,
     lost: Cell<bool>,
     state: RefCell<State>,
+    /// The checksum kernel, once it was needed.
+    checksums: Arc<Mutex<Option<Checksums>>>,
     /// Something was freed, or cannot be waited for any more.
     changed: Notify,
 }
@@ -75,6 +77,7 @@ impl Gpu {
             budget: Cell::new(budget),
             lost: Cell::new(false),
             state: RefCell::default(),
+            checksums: Arc::default(),
             changed: Notify::new(),
         })
     }
@@ -87,6 +90,11 @@ impl Gpu {
     /// Its context.
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// The checksum kernel of the device.
+    pub fn checksums(&self) -> Verifier {
+        Verifier { context: Arc::clone(&self.context), kernel: Arc::clone(&self.checksums) }
     }
 
     /// The budget, bytes.
@@ -237,6 +245,32 @@ impl Gpu {
             held.importers.retain(|other| !Arc::ptr_eq(other, importer));
         }
         self.look_at_held();
+    }
+}
+
+/// Computes checksums of the memory of one device, on the device. Blocks.
+#[derive(Debug)]
+pub struct Verifier {
+    context: Arc<Context>,
+    kernel: Arc<Mutex<Option<Checksums>>>,
+}
+
+impl Verifier {
+    /// The checksum of each `chunk_bytes` of `memory` from `offset` on; the last chunk may be shorter.
+    pub fn chunks(
+        &self,
+        memory: &DeviceMemory,
+        offset: u64,
+        bytes: u64,
+        chunk_bytes: u64,
+    ) -> Result<Vec<u64>, CudaError> {
+        // A panic while it was locked cannot have left it half-made.
+        let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = match kernel.take() {
+            Some(loaded) => loaded,
+            None => Checksums::new(&self.context)?,
+        };
+        kernel.insert(loaded).chunks(memory, offset, bytes, chunk_bytes)
     }
 }
 

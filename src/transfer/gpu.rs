@@ -6,7 +6,7 @@ use super::load::{Prepared, blocking, sums, too_large, too_many_reads};
 use super::{Job, Jobs, Target};
 use crate::checksum;
 use crate::error::{Code, Error, Result};
-use crate::plan::{self, Copy, Placed, Plan};
+use crate::plan::{self, Copy, Plan};
 use crate::shard::{Batch, DeviceRegion, Regions};
 use crate::sys::cuda::DeviceMemory;
 use crate::tier::DeviceId;
@@ -77,7 +77,8 @@ impl Jobs {
         let (plan, sums) = (batch.plan, sums(&batch.copy_checks));
         let checked = blocking(move || {
             let regions = prepared.layouts.iter().zip(0u32..);
-            let checks = regions.map(|(layout, region)| tensor_checks(&plan, &sums, region, &layout.tensors));
+            let sizes = prepared.sizes();
+            let checks = regions.map(|(layout, region)| checks(&plan, &sums, region, &layout.pieces(&sizes)));
             Ok((checks.collect::<Vec<_>>(), prepared))
         });
         let (checks, prepared) = checked.await?;
@@ -156,19 +157,20 @@ fn contents(
     let contents = layouts.into_iter().zip(checks).zip(taken.drain(..)).map(|((layout, checks), taken)| {
         let region = Region::Gpu(taken.memory);
         let (description, digest) = (description.clone(), digest.clone());
-        Content { description, files: layout.files, tensors: layout.tensors, digest, checks, region }
+        let (files, tensors, chunks) = (layout.files, layout.tensors, Box::default());
+        Content { description, files, tensors, digest, checks, chunks, region }
     });
     contents.collect()
 }
 
-/// The checksum of each tensor of a region, put together from those of the copies that filled it.
-fn tensor_checks(plan: &Plan, sums: &[u64], region: u32, tensors: &[Placed]) -> Box<[u64]> {
+/// The checksum of each piece of a region, put together from those of the copies that filled it.
+fn checks(plan: &Plan, sums: &[u64], region: u32, pieces: &[(u64, u64)]) -> Box<[u64]> {
     let own = plan.copies.iter().zip(sums).filter(|(copy, _)| copy.region == region);
     let mut own: Vec<(&Copy, &u64)> = own.collect();
     own.sort_by_key(|(copy, _)| copy.region_offset);
-    let checks = tensors.iter().map(|tensor| {
-        let end = tensor.offset + tensor.nbytes;
-        let first = own.partition_point(|(copy, _)| copy.region_offset < tensor.offset);
+    let checks = pieces.iter().map(|(offset, bytes)| {
+        let end = offset + bytes;
+        let first = own.partition_point(|(copy, _)| copy.region_offset < *offset);
         let inside = own[first..].iter().take_while(|(copy, _)| copy.region_offset < end);
         inside.fold(checksum::EMPTY, |sum, (copy, next)| {
             checksum::combine(sum, **next, copy.bytes * copy.count)

@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 use super::load::{Prepared, blocking, sums, too_large, too_many_reads};
 use super::{Job, Jobs};
 use crate::error::{Code, Error, Result};
-use crate::plan::{self, Plan};
+use crate::plan::{self, Plan, Target};
 use crate::shard::{Batch, Part, Progress, Regions};
 use crate::sys::mem::{HUGE_PAGE_BYTES, Memory, Sealed};
 use crate::tier::DeviceId;
@@ -48,6 +48,7 @@ impl Jobs {
             (Ok(()), Some(batch)) => self.digest(&prepared, &batch.checks).await,
             _ => None,
         };
+        let chunks = batch.as_ref().map(chunks).unwrap_or_default();
         let Some(memories) = batch.and_then(recover) else {
             // It stays in the account of regions: lost, but never handed to anyone else.
             tracing::error!(job = job.id, "memory leaked: a broken shard thread still owns reads into it");
@@ -61,7 +62,8 @@ impl Jobs {
         let region = Region::Host(self.seal(memories)?);
         let Prepared { description, layouts, .. } = prepared;
         let layout = layouts.into_iter().next().ok_or_else(too_large)?;
-        Ok(Content { description, files: layout.files, tensors: layout.tensors, digest, checks, region })
+        let (files, tensors) = (layout.files, layout.tensors);
+        Ok(Content { description, files, tensors, digest, checks, chunks, region })
     }
 
     async fn plan_host(&self, prepared: Prepared, parts: &[(Memory, bool)]) -> Result<(Prepared, Plan)> {
@@ -101,6 +103,27 @@ impl Jobs {
         host.unmap_later(retired);
         Ok(sealed)
     }
+}
+
+/// Where in the region the chunks lie that the checksums of a batch are of.
+fn chunks(batch: &Batch) -> Box<[(u64, u32)]> {
+    let mut starts = Vec::new();
+    let mut end = 0;
+    for part in batch.regions.parts() {
+        starts.push(end);
+        end += part.memory.bytes();
+    }
+    let places = batch.plan.moves.iter().flat_map(|step| {
+        let place = match &step.target {
+            Target::Direct { part, offset } => starts.get(*part as usize).map(|start| start + offset),
+            Target::Staged(_) => None,
+        };
+        step.pieces().map(move |piece| match place {
+            Some(place) => (place + (piece.start - step.offset), (piece.end - piece.start) as u32),
+            None => (0, 0),
+        })
+    });
+    places.collect()
 }
 
 /// Gets the memory out of a batch that every shard thread has given back.

@@ -9,6 +9,7 @@ mod host;
 mod job;
 mod load;
 mod promote;
+mod verify;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

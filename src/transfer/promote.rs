@@ -34,7 +34,7 @@ impl Jobs {
 
     /// Fills the regions in `taken` from the host tier. `None`: its memory cannot be registered with the driver.
     ///
-    /// Gives the checksums of the tensors of each region.
+    /// Gives the checksums of the pieces of each region.
     pub(super) async fn promote(
         &self,
         job: &Job,
@@ -66,7 +66,8 @@ impl Jobs {
                 (Arc::clone(&map), Arc::clone(&taken.memory), Arc::clone(&job.progress));
             copying.spawn_blocking(move || copy(&from, &to, &rows, &progress));
             let (map, content, layout) = (Arc::clone(&map), Arc::clone(content), layout.clone());
-            checking.push(spawn_blocking(move || tensor_checks(&layout, &content, map.as_slice())));
+            let sizes = prepared.sizes();
+            checking.push(spawn_blocking(move || checks(&layout, &sizes, &content, map.as_slice())));
         }
         // All of them end before any memory goes, whatever becomes of the first (invariant 2).
         let (mut outcome, mut reason) = (Ok(()), None);
@@ -89,17 +90,17 @@ impl Jobs {
                 }
             }
         }
-        let mut checks = Vec::with_capacity(checking.len());
+        let mut checked = Vec::with_capacity(checking.len());
         for task in checking {
-            checks.push(task.await.map_err(|_| thread_failed())?);
+            checked.push(task.await.map_err(|_| thread_failed())?);
         }
         match reason {
             Some(reason) => Err(reason),
             None if outcome.is_ok() => {
                 self.metrics.promoted_bytes.inc_by(job.progress.bytes(Path::Host));
-                Ok(Some(checks))
+                Ok(Some(checked))
             }
-            None => outcome.map(|()| Some(checks)),
+            None => outcome.map(|()| None),
         }
     }
 
@@ -189,20 +190,19 @@ fn pieces(rows: &Rows, end_of: impl Fn(u64) -> u64) -> Vec<Rows> {
     pieces
 }
 
-/// The checksum of each tensor of a region, from those of the chunks on the host tier where that is possible.
-fn tensor_checks(layout: &Layout, content: &Content, bytes: &[u8]) -> Box<[u64]> {
+/// The checksum of each piece of a region, from those of the chunks on the host tier where that is possible.
+fn checks(layout: &Layout, sizes: &[u64], content: &Content, bytes: &[u8]) -> Box<[u64]> {
     let runs: HashMap<u64, (u32, &Runs)> =
         layout.runs().map(|(file, runs, place)| (place, (file, runs))).collect();
-    let checks = layout.tensors.iter().map(|tensor| {
-        let Some((file, runs)) = runs.get(&tensor.offset).filter(|_| tensor.nbytes > 0) else {
-            return checksum::EMPTY;
-        };
-        tensor_check(*file, runs, content, bytes).unwrap_or(checksum::EMPTY)
+    let pieces = layout.pieces(sizes);
+    let checks = pieces.iter().map(|(offset, nbytes)| {
+        let Some((file, runs)) = runs.get(offset).filter(|_| *nbytes > 0) else { return checksum::EMPTY };
+        check(*file, runs, content, bytes).unwrap_or(checksum::EMPTY)
     });
     checks.collect()
 }
 
-fn tensor_check(file: u32, runs: &Runs, content: &Content, bytes: &[u8]) -> Option<u64> {
+fn check(file: u32, runs: &Runs, content: &Content, bytes: &[u8]) -> Option<u64> {
     let start = (*content.files.get(file as usize)?)?;
     let slice = |from: u64, to: u64| bytes.get((start + from) as usize..(start + to) as usize);
     if runs.count > 1 {

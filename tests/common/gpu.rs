@@ -82,3 +82,20 @@ fn in_use(folder: &Path) -> u64 {
     });
     held.sum()
 }
+
+/// Flips a bit of the byte at `offset` of the largest allocation in use: what a memory error does.
+#[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
+pub fn corrupt(offset: u64) {
+    use std::os::unix::fs::FileExt;
+    let machine = PathBuf::from(std::env::var(INSIDE).unwrap());
+    let folders = std::fs::read_dir(machine).unwrap().flatten().map(|entry| entry.path());
+    let files =
+        folders.filter(|path| path.is_dir()).flat_map(|path| std::fs::read_dir(path).unwrap().flatten());
+    let memory =
+        files.map(|file| file.path()).filter(|path| path.extension().is_some_and(|kind| kind == "memory"));
+    let largest = memory.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(largest).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+}

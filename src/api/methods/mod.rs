@@ -269,6 +269,9 @@ pub struct AttachRequest {
     /// Load it if it is not resident, and wait. Default true; if false, `artifact.not_resident` is answered.
     #[serde(default = "yes")]
     pub wait: bool,
+    /// Before it is handed out, compare what is in memory with the checksums of when it arrived. Default false.
+    #[serde(default)]
+    pub verify: bool,
     /// Send `job.progress` notifications on this connection while it loads.
     #[serde(default)]
     pub notify: bool,
@@ -292,7 +295,7 @@ pub struct AttachReply {
     pub files: Vec<FileView>,
     /// Free-form strings of the files' own headers.
     pub metadata: BTreeMap<String, String>,
-    /// Milliseconds spent, by phase: `resolve`, `load`, `total`.
+    /// Milliseconds spent, by phase: `resolve`, `load`, `verify`, `total`.
     pub timings_ms: BTreeMap<String, f64>,
 }
 

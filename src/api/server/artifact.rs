@@ -146,6 +146,10 @@ impl Connection {
         };
         let content = hold.content()?;
         timed("load");
+        if request.verify {
+            self.node.jobs.verify(&hold, &content).await?;
+            timed("verify");
+        }
         let exported = self.export(&hold, &content).await?;
         let metrics = &self.node.metrics;
         if loaded {

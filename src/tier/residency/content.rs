@@ -18,9 +18,12 @@ pub struct Content {
     pub tensors: Vec<Placed>,
     /// Digest of the manifest, if all bytes were read.
     pub digest: Option<String>,
-    /// Checksums of what is resident: on the host tier of the chunks of the files, in the order of the plan that filled
-    /// it, on a GPU of the tensors, in their order.
+    /// Checksums of what is resident. On the host tier: of the ranges in `chunks`. On a GPU: of the tensors, then of what
+    /// is resident as whole files, in their order.
     pub checks: Box<[u64]>,
+    /// On the host tier, the ranges of the region that `checks` are of: offset and bytes. No bytes: the range was put
+    /// together from parts of what was read, and cannot be checked by itself.
+    pub chunks: Box<[(u64, u32)]>,
     /// The memory.
     pub region: Region,
 }

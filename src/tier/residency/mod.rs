@@ -416,6 +416,14 @@ impl Residency {
         }
     }
 
+    /// An entry was found to hold wrong bytes: nobody finds it any more, and it goes with its last lease.
+    pub fn condemn(&self, id: EntryId) {
+        self.disown(id);
+        if let Some(entry) = self.table.borrow_mut().entries.get_mut(&id) {
+            entry.stale = true;
+        }
+    }
+
     /// The memory of a GPU is lost, with all that was resident there: nobody finds it any more.
     pub fn lose(&self, index: usize) {
         let Some(gpu) = self.gpus.get(index).filter(|gpu| !gpu.lost()) else { return };
