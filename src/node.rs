@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::shard::Shard;
 use crate::source::file::Roots;
 use crate::sys::identity::Tenant;
+use crate::telemetry::gpu::Monitor;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
 use crate::tier::residency::{Residency, Viewer};
@@ -49,6 +50,8 @@ pub struct Node {
     pub connections: Cell<u32>,
     /// Leases held by connections.
     pub leases: Cell<u32>,
+    /// Watches over the GPUs.
+    pub monitor: Monitor,
     pub(crate) features: Features,
     pub(crate) shard_devices: Vec<Vec<String>>,
     pub(crate) preload: RefCell<Vec<PreloadStatus>>,
@@ -142,6 +145,7 @@ impl Node {
 
     /// The reply to `node.topology`, read anew.
     pub async fn topology(&self) -> Result<Topology> {
-        transfer::blocking(|| Ok(Topology::read(Path::new("/")))).await
+        let gpus = self.monitor.gpus().to_vec();
+        transfer::blocking(move || Ok(Topology::read(Path::new("/")).with_gpus(&gpus))).await
     }
 }

@@ -25,6 +25,7 @@ use crate::node::{Node, SERVER};
 use crate::shard::ReaderKind;
 use crate::source::file::Roots;
 use crate::sys::{identity, pages, uring};
+use crate::telemetry::gpu::Monitor;
 use crate::telemetry::http::{self, Collector, HttpLimits};
 use crate::telemetry::logging::LogControl;
 use crate::telemetry::metrics::Metrics;
@@ -135,6 +136,8 @@ async fn serve(
         acts_as_tenant: identity::can_act_as(),
     };
 
+    // Nothing is resident on GPUs, so nothing follows from the verdicts yet.
+    let (monitor, _verdicts) = Monitor::start(&config.node, &metrics).await;
     let roots = Arc::new(Roots::open(&config.roots)?);
     let store = config.state_dir.as_deref().map(|state| {
         let opened = Store::open(&state.join("manifests"), MANIFESTS_MAX, &config.limits);
@@ -169,6 +172,7 @@ async fn serve(
         connections: Cell::new(0),
         leases: Cell::new(0),
         features,
+        monitor,
         shard_devices: plane.devices,
         preload: RefCell::default(),
         config: RefCell::new(Rc::clone(&config)),
@@ -228,6 +232,7 @@ async fn serve(
         tracing::warn!("memory is still being freed");
     }
     publishing.abort();
+    node.monitor.stop().await;
     stop.send_replace(true);
     if let Some(page) = page {
         // It has ended, or its exchanges have a deadline.

@@ -30,6 +30,7 @@ pub struct Options {
     nobody: bool,
     io_uring_refused: bool,
     notify: Option<PathBuf>,
+    environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl Options {
@@ -43,6 +44,7 @@ impl Options {
             nobody: false,
             io_uring_refused: false,
             notify: None,
+            environment: Vec::new(),
         };
         options.flags(&["--ready-pool", "0"])
     }
@@ -86,6 +88,13 @@ impl Options {
     #[allow(dead_code, reason = "not every test file needs it")]
     pub fn notify(mut self, socket: &Path) -> Options {
         self.notify = Some(socket.to_owned());
+        self
+    }
+
+    /// Variables of its environment.
+    #[allow(dead_code, reason = "not every test file needs it")]
+    pub fn environment(mut self, variables: impl IntoIterator<Item = (&'static str, PathBuf)>) -> Options {
+        self.environment.extend(variables);
         self
     }
 
@@ -136,6 +145,7 @@ impl Options {
         if let Some(socket) = &self.notify {
             command.env("NOTIFY_SOCKET", socket);
         }
+        command.envs(self.environment);
         if self.nobody {
             command.uid(NOBODY).gid(NOBODY);
         }

@@ -6,6 +6,7 @@
 
 pub mod daemon;
 pub mod model;
+pub mod nvml;
 pub mod tenant;
 pub mod wire;
 

@@ -13,8 +13,10 @@ use serde::Deserialize;
 
 /// Devices that a simulated machine may have.
 pub const DEVICES_MAX: usize = 64;
-/// Memory of a device for which none is given.
+/// Memory of the device that there is without a list.
 pub const MEMORY_BYTES_DEFAULT: u64 = 1 << 30;
+/// Memory is rounded down to a multiple of this.
+pub const GRANULARITY_BYTES: u64 = 2 << 20;
 /// File of the list in [`directory`].
 pub const DEVICES_FILE: &str = "devices.json";
 
@@ -57,19 +59,9 @@ pub fn uuid_text(uuid: [u8; 16], mig: bool) -> String {
     format!("{prefix}-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
-/// The UUID of what has no UUID given: the same in every process. `kind` tells the sorts of things apart.
-pub fn derived_uuid(kind: u64, index: u32) -> [u8; 16] {
-    let mut state = kind.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(index);
-    let mut uuid = [0; 16];
-    for half in uuid.chunks_exact_mut(8) {
-        // splitmix64.
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = state;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        half.copy_from_slice(&(mixed ^ (mixed >> 31)).to_be_bytes());
-    }
-    uuid
+/// The UUID of what has none given: the same in every process. `kind` tells the sorts of things apart; devices have 0.
+pub fn derived_uuid(kind: u8, index: u8) -> [u8; 16] {
+    [0x51, 0xd0, 0xc0, 0xda, 0, kind, 0x40, 0, 0x80, 0, 0, 0, 0, 0, 0, index]
 }
 
 /// Domain, bus, device and function; the latter always 0.
@@ -102,26 +94,33 @@ impl fmt::Display for PciAddress {
     }
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Raw {
     name: Option<String>,
     uuid: Option<String>,
-    memory_bytes: Option<u64>,
+    memory_bytes: u64,
     numa: Option<u32>,
     pci: Option<String>,
+    #[serde(default)]
     mig: bool,
     h2d_bytes_per_second: Option<u64>,
     d2h_bytes_per_second: Option<u64>,
+    #[serde(default)]
     attributes: BTreeMap<i32, i32>,
+}
+
+fn variable(name: &str) -> Option<String> {
+    #[allow(clippy::disallowed_methods, reason = "a driver has no other door than its environment")]
+    std::env::var(name).ok()
 }
 
 /// The directory that all processes of this simulated machine share.
 pub fn directory() -> PathBuf {
-    match std::env::var_os("CUDA_SIM_DIR") {
-        Some(directory) if !directory.is_empty() => PathBuf::from(directory),
-        _ => PathBuf::from(format!("/dev/shm/cuda-sim-{}", rustix::process::getuid().as_raw())),
-    }
+    variable("CUDA_SIM_DIR").map_or_else(
+        || PathBuf::from(format!("/dev/shm/cuda-sim-{}", rustix::process::getuid().as_raw())),
+        PathBuf::from,
+    )
 }
 
 /// The devices of this simulated machine.
@@ -129,9 +128,9 @@ pub fn directory() -> PathBuf {
 /// # Errors
 /// Says in words what is wrong with the list.
 pub fn load() -> Result<Vec<Device>, String> {
-    match std::env::var("CUDA_SIM_DEVICES") {
-        Ok(list) if !list.is_empty() => parse(&list),
-        _ => from_directory(&directory()),
+    match variable("CUDA_SIM_DEVICES") {
+        Some(list) => parse(&list),
+        None => from_directory(&directory()),
     }
 }
 
@@ -139,7 +138,9 @@ fn from_directory(directory: &Path) -> Result<Vec<Device>, String> {
     let path = directory.join(DEVICES_FILE);
     match std::fs::read_to_string(&path) {
         Ok(list) => parse(&list),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => parse("[{}]"),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            parse(&format!(r#"[{{"memory_bytes": {MEMORY_BYTES_DEFAULT}}}]"#))
+        }
         Err(error) => Err(format!("{}: {error}", path.display())),
     }
 }
@@ -155,8 +156,8 @@ pub fn parse(list: &str) -> Result<Vec<Device>, String> {
         return Err(format!("{} simulated devices; at most {DEVICES_MAX}", raw.len()));
     }
     let mut devices: Vec<Device> = Vec::with_capacity(raw.len());
-    for (index, raw) in (0u32..).zip(raw) {
-        let device = device(index, raw, devices.last())?;
+    for (index, raw) in (0u8..).zip(raw) {
+        let device = device(index, raw)?;
         if devices.iter().any(|other| other.uuid == device.uuid) {
             return Err(format!("two simulated devices with the UUID {}", device.uuid_text()));
         }
@@ -165,32 +166,30 @@ pub fn parse(list: &str) -> Result<Vec<Device>, String> {
     Ok(devices)
 }
 
-fn device(index: u32, raw: Raw, before: Option<&Device>) -> Result<Device, String> {
+fn device(index: u8, raw: Raw) -> Result<Device, String> {
+    if [raw.h2d_bytes_per_second, raw.d2h_bytes_per_second].contains(&Some(0)) {
+        return Err(format!("simulated device {index}: a bandwidth of zero"));
+    }
     let pci = match &raw.pci {
         Some(text) => PciAddress::parse(text)
             .ok_or_else(|| format!("{text:?} is no PCI address such as 0000:3b:00.0"))?,
-        // Instances that follow each other are instances of one GPU.
-        None => match before.filter(|before| before.mig && raw.mig) {
-            Some(before) => before.pci,
-            None => PciAddress { domain: 0, bus: index as u8 + 1, device: 0 },
-        },
+        None => PciAddress { domain: 0, bus: index + 1, device: 0 },
     };
-    let memory_bytes = raw.memory_bytes.unwrap_or(MEMORY_BYTES_DEFAULT);
     let mut name = raw.name.unwrap_or_else(|| format!("Simulated GPU {index}"));
     if !name.contains("Simulated") {
-        name = format!("Simulated {name}");
+        name.insert_str(0, "Simulated ");
     }
     if raw.mig && !name.contains("MIG ") {
-        name = format!("{name} MIG 1g.{}gb", memory_bytes >> 30);
+        name.push_str(" MIG 1g");
     }
     Ok(Device {
-        index,
+        index: index.into(),
         name,
         uuid: match &raw.uuid {
             Some(text) => parse_uuid(text).ok_or_else(|| format!("{text:?} is no UUID such as GPU-…"))?,
             None => derived_uuid(0, index),
         },
-        memory_bytes,
+        memory_bytes: raw.memory_bytes / GRANULARITY_BYTES * GRANULARITY_BYTES,
         numa: raw.numa,
         pci,
         mig: raw.mig,
@@ -224,7 +223,11 @@ mod tests {
         assert_eq!(devices.len(), 1);
         assert_eq!((devices[0].name.as_str(), devices[0].memory_bytes), ("Simulated GPU 0", 1 << 30));
         assert_eq!(devices, from_directory(directory.path()).unwrap());
-        std::fs::write(directory.path().join(DEVICES_FILE), r#"[{"numa": 1}, {}]"#).unwrap();
+        std::fs::write(
+            directory.path().join(DEVICES_FILE),
+            r#"[{"memory_bytes": 1, "numa": 1}, {"memory_bytes": 2}]"#,
+        )
+        .unwrap();
         let devices = from_directory(directory.path()).unwrap();
         assert_eq!((devices.len(), devices[0].numa), (2, Some(1)));
         assert_ne!(devices[0].uuid, devices[1].uuid);
@@ -232,21 +235,21 @@ mod tests {
 
     #[test]
     fn what_is_given_is_taken_and_simulated_is_always_said() {
-        let list = r#"[{"name": "H100", "uuid": "GPU-00112233-4455-6677-8899-aabbccddeeff", "memory_bytes": 4096,
+        let list = r#"[{"name": "H100", "uuid": "GPU-00112233-4455-6677-8899-aabbccddeeff", "memory_bytes": 4194305,
             "pci": "0001:3b:02.0", "attributes": {"75": 9}}]"#;
         let device = &parse(list).unwrap()[0];
         assert_eq!(device.name, "Simulated H100");
         assert_eq!(device.uuid_text(), "GPU-00112233-4455-6677-8899-aabbccddeeff");
-        assert_eq!((device.memory_bytes, device.pci.to_string().as_str()), (4096, "0001:3b:02.0"));
+        assert_eq!((device.memory_bytes, device.pci.to_string().as_str()), (4 << 20, "0001:3b:02.0"));
         assert_eq!(device.attributes.get(&75), Some(&9));
     }
 
     #[test]
-    fn instances_that_follow_each_other_are_of_one_gpu() {
-        let devices = parse(r#"[{}, {"mig": true}, {"mig": true}, {}]"#).unwrap();
-        assert_eq!(devices[1].pci, devices[2].pci);
-        assert!(devices[1].name.ends_with("MIG 1g.1gb") && devices[1].uuid_text().starts_with("MIG-"));
-        assert!(devices[0].pci != devices[1].pci && devices[2].pci != devices[3].pci);
+    fn an_instance_says_so_in_its_name_and_its_uuid() {
+        let device = &parse(r#"[{"memory_bytes": 1, "mig": true, "name": "H200"}]"#).unwrap()[0];
+        assert_eq!(device.name, "Simulated H200 MIG 1g");
+        assert_eq!(device.uuid_text(), "MIG-51d0c0da-0000-4000-8000-000000000000");
+        assert_eq!(device.pci.to_string(), "0000:01:00.0");
     }
 
     #[test]

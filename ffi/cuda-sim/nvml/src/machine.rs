@@ -17,9 +17,9 @@ use serde::Deserialize;
 /// File of the devices' health in the directory of the simulated machine, by the UUID of the physical GPU.
 const HEALTH_FILE: &str = "health.json";
 /// Between two looks at the file by a call that hangs or waits for an event.
-pub(crate) const LOOK: Duration = Duration::from_millis(5);
+const LOOK: Duration = Duration::from_millis(5);
 /// Kind of derived UUID of the GPU that simulated instances are part of; devices of the list have kind 0.
-const PARENT: u64 = 1;
+const PARENT: u8 = 1;
 /// In a handle the instance is below, the GPU above; both count from 1, so that no handle is null.
 const INSTANCE_BITS: usize = 8;
 
@@ -124,7 +124,7 @@ fn gpus(devices: &[Device]) -> Vec<Gpu> {
             None => {
                 gpus.push(Gpu {
                     index: gpus.len() as u32,
-                    uuid: uuid_text(derived_uuid(PARENT, device.index), false),
+                    uuid: uuid_text(derived_uuid(PARENT, device.index as u8), false),
                     name: device.name.split(" MIG ").next().unwrap_or(&device.name).to_owned(),
                     memory_bytes: 0,
                     numa: device.numa,
@@ -195,10 +195,16 @@ pub(crate) fn ask(handle: nvmlDevice_t) -> Result<Target, nvmlReturn_t> {
     let (gpu, instance) = decode(handle)?;
     let mut health = health(&gpu.uuid);
     while health.hung {
-        std::thread::sleep(LOOK);
+        pause(LOOK);
         health = self::health(&gpu.uuid);
     }
     if health.lost { Err(GPU_IS_LOST) } else { Ok(Target { gpu, instance, health }) }
+}
+
+/// The file does not say when it changes.
+fn pause(time: Duration) {
+    #[allow(clippy::disallowed_methods, reason = "a GPU that hangs waits for nothing else")]
+    std::thread::sleep(time);
 }
 
 fn health_file() -> PathBuf {
@@ -238,7 +244,7 @@ impl Events {
                 }
             }
             let left = timeout.checked_sub(begin.elapsed())?;
-            std::thread::sleep(left.min(LOOK));
+            pause(left.min(LOOK));
         }
     }
 }
