@@ -68,6 +68,13 @@ fn driver(topology: &Topology, gpus: &Gpus) -> Check {
     };
     let simulated = if simulated(driver, gpus) { " (simulated: there is no GPU behind it)" } else { "" };
     let found = format!("{}, CUDA {}{simulated}", driver.version, driver.cuda);
+    if driver.silent > 0 {
+        return Check::fail(
+            "nvidia_driver",
+            format!("{found}; {} GPUs do not say who they are", driver.silent),
+            "they are lost, or not shown to this container: reset them or restart the node, and look at the kernel's log for Xid",
+        );
+    }
     match version(&driver.cuda) {
         Some(cuda) if cuda < CUDA_MIN => Check::fail(
             "nvidia_driver",
@@ -252,7 +259,7 @@ mod tests {
     }
 
     fn with_driver(version: &str, cuda: &str) -> Gpus {
-        let driver = Driver { version: version.to_owned(), cuda: cuda.to_owned() };
+        let driver = Driver { version: version.to_owned(), cuda: cuda.to_owned(), silent: 0 };
         Gpus { driver: Ok(driver), found: vec![(gpu(), Some(Ok(Reading::default())))] }
     }
 

@@ -22,7 +22,7 @@ const MIB: u64 = 1 << 20;
 /// Block sizes and depths that are tried: those that drives differ in.
 const TRIALS: [(u64, u32); 4] = [(MIB, 4), (MIB, 16), (4 * MIB, 4), (4 * MIB, 16)];
 /// How long one of them may take.
-const TRIAL_TIME: Duration = Duration::from_secs(2);
+const TRIAL_TIME: Duration = Duration::from_secs(1);
 /// And how much it reads: enough for some tenths of a second of the fastest drive.
 const TRIAL_BYTES: u64 = 4 << 30;
 /// Below this a measurement says little.

@@ -55,6 +55,8 @@ pub struct Driver {
     pub version: String,
     /// Newest CUDA that it serves, as `12.4`; empty if it does not say.
     pub cuda: String,
+    /// GPUs that it counts and that did not say who they are when it was asked first: lost, or not allowed to this process.
+    pub silent: u32,
 }
 
 /// What each GPU said, in the order of [`Nvml::gpus`].
@@ -154,7 +156,8 @@ fn serve(ready: &Sender<Started>, asked: &Receiver<Reply>, tell: Option<Tell>) {
             return;
         }
     };
-    let (gpus, handles): (Vec<_>, Vec<_>) = read::devices(&nvml).into_iter().unzip();
+    let (devices, silent) = read::devices(&nvml);
+    let (gpus, handles): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
     // Before anyone is told of the start, so that nothing is missed from then on.
     let events = tell.map(|tell| (tell, register(&nvml, &handles)));
     let driver = Driver {
@@ -163,6 +166,7 @@ fn serve(ready: &Sender<Started>, asked: &Receiver<Reply>, tell: Option<Tell>) {
             .sys_cuda_driver_version()
             .map(|version| format!("{}.{}", version / 1000, version % 1000 / 10))
             .unwrap_or_default(),
+        silent,
     };
     drop(ready.send(Ok((gpus, driver))));
     let stop = AtomicBool::new(false);

@@ -91,6 +91,12 @@ impl Monitor {
         let driver = nvml.as_ref().map(|nvml| nvml.driver().clone());
         if let Some(driver) = &driver {
             tracing::info!(driver = driver.version, gpus = gpus.len(), "GPUs are watched");
+            if driver.silent > 0 {
+                tracing::error!(
+                    gpus = driver.silent,
+                    "GPUs do not say who they are: lost, or not allowed to the daemon"
+                );
+            }
         }
         for gpu in &gpus {
             metrics.gpu.known(gpu, hostname);

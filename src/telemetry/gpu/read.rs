@@ -222,16 +222,18 @@ pub struct Reading {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gone;
 
-/// The GPUs, each with who it is. One that cannot say is left out.
+/// The GPUs, each with who it is, and how many there are that cannot say.
 ///
 /// Handles are kept, as a search by UUID fails for all GPUs once one of them is lost.
-pub(super) fn devices(nvml: &Nvml) -> Vec<(Identity, Device<'_>)> {
+pub(super) fn devices(nvml: &Nvml) -> (Vec<(Identity, Device<'_>)>, u32) {
     let count = nvml.device_count().unwrap_or(0).min(DEVICES_MAX);
     let device = |index| {
         let device = nvml.device_by_index(index).ok()?;
         Some((identity(&device, index)?, device))
     };
-    (0..count).filter_map(device).collect()
+    let devices: Vec<_> = (0..count).filter_map(device).collect();
+    let silent = count.saturating_sub(u32::try_from(devices.len()).unwrap_or(u32::MAX));
+    (devices, silent)
 }
 
 fn identity(device: &Device<'_>, index: u32) -> Option<Identity> {
