@@ -11,7 +11,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine with these devices (`ffi/cuda-sim/README.md`).
+    /// A machine with these devices (`ffi/cuda-sim/nvml/README.md`).
     pub fn new(devices: &Value) -> Machine {
         let directory = tempfile::tempdir().unwrap();
         // Built beside this test, as it is one of its dependencies.

@@ -19,7 +19,7 @@ use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::event::EventSet;
 use serde::Serialize;
 
-use crate::sys;
+use crate::sys::nvml;
 pub use health::{Health, Observation, Verdict};
 pub use monitor::{Monitor, Verdicts};
 pub use read::{Ecc, Gone, Identity, Instance, Link, Memory, Reading, Rows, Throttle};
@@ -219,7 +219,7 @@ fn wait_for_events(handles: &[nvml_wrapper::Device<'_>], set: EventSet<'_>, tell
     while !stop.load(Ordering::Relaxed) {
         match set.wait(EVENT_WAIT_MS) {
             Ok(event) => {
-                let place = handles.iter().position(|device| sys::nvml::same(device, &event.device));
+                let place = handles.iter().position(|device| nvml::same(device, &event.device));
                 let xid = match event.event_data {
                     Some(XidError::Value(xid)) => xid,
                     Some(XidError::Unknown) => XID_UNKNOWN,

@@ -12,7 +12,7 @@ use nvml_wrapper::sys_exports::field_id;
 use nvml_wrapper::{Device, Nvml};
 use serde::Serialize;
 
-use crate::sys;
+use crate::sys::nvml;
 
 /// GPUs, and instances of one GPU, that are looked at.
 const DEVICES_MAX: u32 = 256;
@@ -338,7 +338,7 @@ fn instances(device: &Device<'_>) -> Result<Vec<Instance>, Gone> {
         let name = answered(instance.name())?.unwrap_or_default();
         instances.push(Instance {
             uuid,
-            id: sys::nvml::gpu_instance(&instance),
+            id: nvml::gpu_instance(&instance),
             profile: name.split_once("MIG ").map(|(_, profile)| profile.to_owned()).unwrap_or_default(),
             memory: memory(&instance)?,
         });
