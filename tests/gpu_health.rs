@@ -126,11 +126,11 @@ fn errors_lead_to_verdicts_and_what_programs_do_does_not() {
     until(&mut daemon, xids, WHOLE, "xid=\"94\"", 0.0);
     until(&mut daemon, verdicts, WHOLE, "verdict=\"contained\"", 0.0);
 
-    machine.set(WHOLE, json!({"xid": [94, 13, 31, 777, 94], "ecc_uncorrected": 6}));
+    machine.set(WHOLE, json!({"xid": [94, 13, 31, 777, 94], "ecc_uncorrected": 5}));
     until(&mut daemon, verdicts, WHOLE, "verdict=\"contained\"", 1.0);
     until(&mut daemon, health, WHOLE, "state=\"healthy\"", 1.0);
     // An error that no XID told of.
-    machine.set(WHOLE, json!({"xid": [94, 13, 31, 777, 94], "ecc_uncorrected": 7}));
+    machine.set(WHOLE, json!({"xid": [94, 13, 31, 777, 94], "ecc_uncorrected": 6}));
     until(&mut daemon, verdicts, WHOLE, "verdict=\"contained\"", 2.0);
     until(&mut daemon, verdicts, WHOLE, "verdict=\"healthy\"", 2.0);
 
