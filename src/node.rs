@@ -16,6 +16,7 @@ use crate::error::{Code, Error, Result};
 use crate::shard::Shard;
 use crate::source::file::Roots;
 use crate::sys::identity::Tenant;
+use crate::telemetry::gpu::Monitor;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
 use crate::tier::DeviceId;
@@ -51,6 +52,8 @@ pub struct Node {
     pub connections: Cell<u32>,
     /// Leases held by connections.
     pub leases: Cell<u32>,
+    /// Watches over the GPUs.
+    pub monitor: Monitor,
     pub(crate) features: Features,
     /// Why no GPU is used, if none is.
     pub(crate) no_gpus: Option<String>,
@@ -200,7 +203,8 @@ impl Node {
 
     /// The reply to `node.topology`, read anew.
     pub async fn topology(&self) -> Result<Topology> {
-        transfer::blocking(|| Ok(Topology::read(Path::new("/")))).await
+        let gpus = self.monitor.gpus().to_vec();
+        transfer::blocking(move || Ok(Topology::read(Path::new("/")).with_gpus(&gpus))).await
     }
 }
 

@@ -238,9 +238,20 @@ fn completions_name_every_subcommand() {
     let output =
         Command::new(env!("CARGO_BIN_EXE_lodestream")).args(["completions", "bash"]).output().unwrap();
     let script = String::from_utf8(output.stdout).unwrap();
-    for name in
-        ["serve", "prefetch", "attach", "ls", "stat", "rm", "pin", "unpin", "jobs", "status", "completions"]
-    {
+    for name in [
+        "serve",
+        "prefetch",
+        "attach",
+        "ls",
+        "stat",
+        "rm",
+        "pin",
+        "unpin",
+        "jobs",
+        "status",
+        "doctor",
+        "completions",
+    ] {
         assert!(script.contains(name), "{name}");
     }
 }

@@ -16,6 +16,8 @@ fn served() -> BTreeSet<Row> {
     metrics.set_reader("io_uring", "");
     metrics.set_pages("thp", "no hugetlb pages");
 
+    show_a_gpu(&metrics);
+
     let page = metrics.encode();
     let mut rows = BTreeSet::new();
     let mut family = (String::new(), String::new(), "–".to_owned());
@@ -42,6 +44,47 @@ fn served() -> BTreeSet<Row> {
         }
     }
     rows
+}
+
+/// A GPU that answers everything.
+fn show_a_gpu(metrics: &Metrics) {
+    use lodestream::telemetry::gpu::{Driver, Ecc, Identity, Link, Memory, Reading, Rows, Throttle};
+    let driver = Driver { version: "570".to_owned(), cuda: "12.8".to_owned(), silent: 0 };
+    let gpu = Identity {
+        index: 0,
+        uuid: "GPU-1".to_owned(),
+        name: "NVIDIA H100".to_owned(),
+        pci_bus_id: "00000000:3B:00.0".to_owned(),
+        minor: Some(0),
+        numa_node: Some(0),
+        bar1_bytes: Some(1),
+    };
+    let reading = Reading {
+        memory: Some(Memory { total_bytes: 2, used_bytes: 1 }),
+        utilization: Some(0.5),
+        memory_utilization: Some(0.5),
+        pcie_sent: Some(1),
+        pcie_received: Some(1),
+        link: Link { generation: Some(5), generation_max: Some(5), width: Some(16), width_max: Some(16) },
+        ecc: Ecc {
+            corrected_volatile: Some(0),
+            uncorrected_volatile: Some(0),
+            corrected_aggregate: Some(0),
+            uncorrected_aggregate: Some(0),
+        },
+        rows: Rows {
+            correctable: Some(0),
+            uncorrectable: Some(0),
+            pending: Some(false),
+            failed: Some(false),
+        },
+        throttled: Some([false; Throttle::ALL.len()]),
+        temperature: Some(40),
+        power: Some(100.0),
+        instances: Vec::new(),
+    };
+    metrics.gpu.known(&gpu, "node");
+    metrics.gpu.read(&driver, "node", [(&gpu, &reading)].into_iter());
 }
 
 fn documented() -> BTreeSet<Row> {

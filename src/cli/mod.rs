@@ -1,4 +1,4 @@
-//! The command line: one file per subcommand. Every subcommand but `serve` is a client of the daemon.
+//! The command line: one file per subcommand. Every subcommand but `serve` and `doctor` is a client of the daemon.
 //!
 //! With `--json` a subcommand prints exactly one JSON document to stdout, its result or `{"error": …}`. The exit code
 //! is that of the error's class.
@@ -6,6 +6,7 @@
 mod artifact;
 mod attach;
 mod completions;
+mod doctor;
 mod jobs;
 mod ls;
 mod output;
@@ -75,6 +76,8 @@ enum Command {
     Jobs(jobs::Args),
     /// Show how the daemon is doing
     Status,
+    /// Say what limits this node and what to change; needs no daemon
+    Doctor(doctor::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
 }
@@ -116,13 +119,13 @@ fn run(arguments: Vec<OsString>) -> ExitCode {
     let socket = cli.socket.map_or_else(|| Config::default().socket, PathBuf::from);
     let context = Context { output, socket };
     match dispatch(&context, cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => output.failed(&error),
     }
 }
 
-fn dispatch(context: &Context, command: Command) -> Result<()> {
-    match command {
+fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
+    let done = match command {
         Command::Serve(args) => serve::run(&args, context.output),
         Command::Prefetch(args) => prefetch::run(context, &args),
         Command::Attach(args) => attach::run(context, &args),
@@ -133,8 +136,11 @@ fn dispatch(context: &Context, command: Command) -> Result<()> {
         Command::Unpin(args) => unpin::run(context, &args),
         Command::Jobs(args) => jobs::run(context, &args),
         Command::Status => status::run(context),
+        // What it finds decides its exit code.
+        Command::Doctor(args) => return doctor::run(context.output, &args),
         Command::Completions(args) => completions::run(&mut Cli::command(), &args, context.output),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ use crate::node::{Node, SERVER};
 use crate::shard::ReaderKind;
 use crate::source::file::Roots;
 use crate::sys::{identity, pages, uring};
+use crate::telemetry::gpu::Monitor;
 use crate::telemetry::http::{self, Collector, HttpLimits};
 use crate::telemetry::logging::LogControl;
 use crate::telemetry::metrics::Metrics;
@@ -136,6 +137,8 @@ async fn serve(
         acts_as_tenant: identity::can_act_as(),
     };
 
+    // Nothing is resident on GPUs, so nothing follows from the verdicts yet.
+    let (monitor, _verdicts) = Monitor::start(&config.node, &metrics).await;
     let roots = Arc::new(Roots::open(&config.roots)?);
     let store = config.state_dir.as_deref().map(|state| {
         let opened = Store::open(&state.join("manifests"), MANIFESTS_MAX, &config.limits);
@@ -173,6 +176,7 @@ async fn serve(
         leases: Cell::new(0),
         features,
         no_gpus,
+        monitor,
         shard_devices: plane.devices,
         preload: RefCell::default(),
         config: RefCell::new(Rc::clone(&config)),
@@ -237,6 +241,7 @@ async fn serve(
         tracing::warn!("memory is still being freed");
     }
     publishing.abort();
+    node.monitor.stop().await;
     stop.send_replace(true);
     if let Some(page) = page {
         // It has ended, or its exchanges have a deadline.

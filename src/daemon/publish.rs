@@ -17,6 +17,7 @@ use crate::tier::residency::Eviction;
 pub(super) async fn run(node: Rc<Node>, mut collections: Collections) {
     let mut publisher = Publisher::new(&node);
     while let Some(done) = collections.recv().await {
+        node.monitor.collect().await;
         publisher.publish(&node);
         // The page may have run into its deadline meanwhile.
         let _ = done.send(());

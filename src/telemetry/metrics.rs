@@ -17,6 +17,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry, Unit};
 
+use super::gpu::GpuMetrics;
 use super::labels::{
     ArtifactLabels, BuildLabels, CodeLabels, DeviceLabels, EndedJobLabels, EvictionLabels, MethodLabels,
     OpenJobLabels, Outcome, PagesLabels, PhaseLabels, ReadLabels, ReaderLabels, RefusalLabels, RequestLabels,
@@ -54,6 +55,8 @@ type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 pub struct Metrics {
     registry: Registry,
 
+    /// What NVML says of GPUs.
+    pub gpu: GpuMetrics,
     /// Open connections.
     pub connections: Gauge,
     /// Leases held.
@@ -152,6 +155,7 @@ impl Metrics {
 
             reader_info: t.add("reader_info", "How files are read, and why; always 1", Family::default()),
             pages_info: t.add("pages_info", "Kind of memory pages, and why; always 1", Family::default()),
+            gpu: GpuMetrics::new(t),
             registry: table.registry,
         };
         metrics.start_at_zero();
@@ -367,25 +371,35 @@ pub struct DeviceMetrics {
 }
 
 /// Registers a metric and returns it, so that the table reads as one list.
-struct Table {
+pub(super) struct Table {
     registry: Registry,
 }
 
 impl Table {
-    fn add<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+    pub(super) fn add<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
         self.registry.register(name, help, metric.clone());
         metric
     }
 
     /// The name gets `_bytes`.
-    fn bytes<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
-        self.registry.register_with_unit(name, help, Unit::Bytes, metric.clone());
-        metric
+    pub(super) fn bytes<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        self.with_unit(name, help, Unit::Bytes, metric)
     }
 
     /// The name gets `_seconds`.
-    fn seconds<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
-        self.registry.register_with_unit(name, help, Unit::Seconds, metric.clone());
+    pub(super) fn seconds<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        self.with_unit(name, help, Unit::Seconds, metric)
+    }
+
+    /// The name gets the unit.
+    pub(super) fn with_unit<M: Metric + Clone>(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Unit,
+        metric: M,
+    ) -> M {
+        self.registry.register_with_unit(name, help, unit, metric.clone());
         metric
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Nothing here decides anything; every other module may call it and it calls none of them back.
 
+pub mod gpu;
 pub mod http;
 pub mod labels;
 pub mod logging;

@@ -19,6 +19,7 @@ pub use drive::Drive;
 pub use numa::{HugePages, NumaNode};
 pub use pcie::{Gpu, Nic, PciePlace};
 
+use crate::telemetry::gpu::Identity;
 use sysfs::Tree;
 
 /// The machine; also the reply to `node.topology`.
@@ -51,6 +52,14 @@ impl Topology {
             gpus: pcie::gpus(&tree),
             tree,
         }
+    }
+
+    /// The same with what NVML knows of GPUs: UUID, name and NUMA node where the kernel does not show them, and GPUs
+    /// that it does not show at all.
+    #[must_use]
+    pub fn with_gpus(mut self, known: &[Identity]) -> Topology {
+        pcie::join(&mut self.gpus, known);
+        self
     }
 
     /// The drive below a block device, as `stat` numbers it: through partitions, md and dm. Looked up now, as

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::sysfs::Tree;
+use crate::telemetry::gpu::Identity;
 
 /// PCI vendor of GPUs that the daemon can use.
 const NVIDIA: &str = "0x10de";
@@ -156,6 +157,22 @@ pub(super) fn gpus(tree: &Tree) -> Vec<Gpu> {
         });
     }
     gpus
+}
+
+/// Adds what NVML knows of GPUs, by their PCI address.
+pub(super) fn join(gpus: &mut Vec<Gpu>, known: &[Identity]) {
+    for identity in known {
+        let address = identity.pci_address();
+        let place = gpus.iter().position(|gpu| gpu.pcie.address == address).unwrap_or_else(|| {
+            let pcie = PciePlace { path: vec![address.clone()], address };
+            gpus.push(Gpu { pcie, numa_node: None, device_id: None, uuid: None, model: None });
+            gpus.len() - 1
+        });
+        let Some(gpu) = gpus.get_mut(place) else { continue };
+        gpu.uuid.get_or_insert_with(|| identity.uuid.clone());
+        gpu.model.get_or_insert_with(|| identity.name.clone());
+        gpu.numa_node = gpu.numa_node.or(identity.numa_node);
+    }
 }
 
 /// What stands behind a label at the start of a line.

@@ -186,6 +186,36 @@ fn gpus_and_cards_at_one_switch_share_the_beginning_of_their_path() {
 }
 
 #[test]
+fn what_nvml_knows_joins_by_address() {
+    let machine = Machine::two_sockets();
+    let plain = machine.read();
+    let identity = |pci_bus_id: &str, uuid: &str| Identity {
+        index: 0,
+        uuid: uuid.to_owned(),
+        name: "NVIDIA H200".to_owned(),
+        pci_bus_id: pci_bus_id.to_owned(),
+        minor: None,
+        numa_node: Some(0),
+        bar1_bytes: None,
+    };
+    let address = plain.gpus[7].pcie.address.clone();
+    let information = format!("proc/driver/nvidia/gpus/{address}/information");
+    machine.write(&information, "Model: \t\t Unknown\nGPU UUID: \t GPU-????????\n");
+    let known = [
+        identity(&format!("0000{}", address.to_ascii_uppercase()), "GPU-7"),
+        identity("00000000:AA:00.0", "GPU-8"),
+    ];
+    let joined = machine.read().with_gpus(&known);
+    assert_eq!(joined.gpus.len(), 9);
+    assert_eq!((joined.gpus[7].uuid.as_deref(), joined.gpus[7].numa_node), (Some("GPU-7"), Some(1)));
+    assert_eq!(joined.gpus[7].pcie, plain.gpus[7].pcie);
+    let hidden = &joined.gpus[8];
+    assert_eq!((hidden.pcie.address.as_str(), hidden.uuid.as_deref()), ("0000:aa:00.0", Some("GPU-8")));
+    assert_eq!((hidden.model.as_deref(), hidden.numa_node), (Some("NVIDIA H200"), Some(0)));
+    assert_eq!(joined.gpus[..7], plain.gpus[..7]);
+}
+
+#[test]
 fn what_is_no_gpu_no_drive_and_no_card_is_left_out() {
     let machine = Machine::two_sockets();
     machine.function("sys/devices/pci0000:00/0000:00:01.0", "0x030000", "0x1a03", 0);

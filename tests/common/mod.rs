@@ -7,6 +7,7 @@
 pub mod daemon;
 pub mod gpu;
 pub mod model;
+pub mod nvml;
 pub mod tenant;
 pub mod wire;
 

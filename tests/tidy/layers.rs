@@ -15,6 +15,7 @@ const NODE: &[&str] =
 const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     ("cli::serve", &["daemon", "cli"]),
+    ("cli::doctor", &["cli", "topology", "staging", "sys"]),
     ("cli", &["client", "API", "topology"]),
     ("client", &["API", "sys::cuda", "sys::map", "topology"]),
     ("daemon", &["api", "node", "NODE", "json"]),
@@ -36,6 +37,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("sys", &[]),
     ("checksum", &[]),
     ("json", &[]),
+    ("telemetry::gpu", &["sys::nvml"]),
     ("telemetry", &["API"]),
     ("config", &[]),
     ("error", &[]),

@@ -1,0 +1,195 @@
+//! `lodestream doctor`: what limits this node, and what to change. Needs no daemon.
+//!
+//! A check that cannot be made is a warning and never keeps the others from being made. Nothing is changed on the node.
+
+mod gpu;
+mod host;
+mod place;
+mod read;
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::output::{Output, bytes, printable, rate};
+use crate::error::Result;
+use crate::telemetry::gpu::{Absent, Driver, Gone, Identity, Nvml, Reading};
+use crate::topology::Topology;
+use read::Measured;
+
+/// How long the GPUs have to answer.
+const GPU_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Measure reads of this file, or of the largest file of this directory, past the page cache
+    #[arg(long, value_name = "PATH")]
+    read: Option<PathBuf>,
+}
+
+/// How a check ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    /// Nothing to do.
+    Ok,
+    /// It works, but not as well as it could.
+    Warn,
+    /// Something does not work.
+    Fail,
+}
+
+/// One check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Check {
+    /// Its name: stable, for scripts.
+    check: &'static str,
+    /// What it is about, if there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    of: Option<String>,
+    verdict: Verdict,
+    /// What was found.
+    found: String,
+    /// What limits the node, and what to change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    change: Option<String>,
+}
+
+impl Check {
+    fn ok(check: &'static str, found: impl Into<String>) -> Check {
+        Check { check, of: None, verdict: Verdict::Ok, found: found.into(), change: None }
+    }
+
+    fn warn(check: &'static str, found: impl Into<String>, change: impl Into<String>) -> Check {
+        Check { verdict: Verdict::Warn, change: Some(change.into()), ..Check::ok(check, found) }
+    }
+
+    fn fail(check: &'static str, found: impl Into<String>, change: impl Into<String>) -> Check {
+        Check { verdict: Verdict::Fail, change: Some(change.into()), ..Check::ok(check, found) }
+    }
+
+    fn of(mut self, what: impl Into<String>) -> Check {
+        self.of = Some(what.into());
+        self
+    }
+}
+
+/// A GPU as it was found.
+#[derive(Debug, Clone, Serialize)]
+struct FoundGpu {
+    #[serde(flatten)]
+    identity: Identity,
+    simulated: bool,
+    /// Nothing if it is lost or did not answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reading: Option<Reading>,
+}
+
+/// What NVML came to.
+#[derive(Debug)]
+struct Gpus {
+    driver: std::result::Result<Driver, Absent>,
+    /// Each GPU and what it said; nothing if none answered in time.
+    found: Vec<(Identity, Option<std::result::Result<Reading, Gone>>)>,
+}
+
+impl Gpus {
+    fn find() -> Gpus {
+        let nvml = match Nvml::start() {
+            Ok(nvml) => nvml,
+            Err(absent) => return Gpus { driver: Err(absent), found: Vec::new() },
+        };
+        let readings = nvml.read(GPU_TIMEOUT);
+        let reading = |place: usize| readings.as_ref()?.get(place).cloned();
+        let found =
+            nvml.gpus().iter().enumerate().map(|(place, gpu)| (gpu.clone(), reading(place))).collect();
+        let driver = nvml.driver().clone();
+        nvml.stop(GPU_TIMEOUT);
+        Gpus { driver: Ok(driver), found }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    /// The worst of all checks.
+    verdict: Verdict,
+    checks: Vec<Check>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    driver: Option<Driver>,
+    gpus: Vec<FoundGpu>,
+    topology: Topology,
+    reads: Vec<Measured>,
+}
+
+/// Makes all checks. Exit code 1 if one of them failed.
+pub(super) fn run(output: Output, args: &Args) -> Result<ExitCode> {
+    let report = examine(args)?;
+    output.result(&report, || text(&report))?;
+    Ok(if report.verdict == Verdict::Fail { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn examine(args: &Args) -> Result<Report> {
+    let root = Path::new("/");
+    let gpus = Gpus::find();
+    let identities: Vec<Identity> = gpus.found.iter().map(|(gpu, _)| gpu.clone()).collect();
+    let topology = Topology::read(root).with_gpus(&identities);
+    let mut checks = host::checks(root, &topology);
+    checks.extend(gpu::checks(root, &topology, &gpus));
+    checks.extend(place::checks(&topology));
+    let reads = match &args.read {
+        Some(path) => {
+            let (check, reads) = read::measure(path, &topology)?;
+            checks.push(check);
+            reads
+        }
+        None => Vec::new(),
+    };
+    Ok(Report {
+        verdict: checks.iter().map(|check| check.verdict).max().unwrap_or(Verdict::Ok),
+        checks,
+        driver: gpus.driver.ok(),
+        gpus: gpus
+            .found
+            .into_iter()
+            .map(|(identity, reading)| FoundGpu {
+                simulated: identity.simulated(),
+                identity,
+                reading: reading.and_then(std::result::Result::ok),
+            })
+            .collect(),
+        topology,
+        reads,
+    })
+}
+
+fn text(report: &Report) -> String {
+    let mut out = String::new();
+    for check in &report.checks {
+        let verdict = match check.verdict {
+            Verdict::Ok => "ok  ",
+            Verdict::Warn => "WARN",
+            Verdict::Fail => "FAIL",
+        };
+        let of = check.of.as_ref().map(|of| format!(" {of}")).unwrap_or_default();
+        // Writing to a String cannot fail.
+        let _ = writeln!(out, "{verdict}  {}{of}: {}", check.check, check.found);
+        if let Some(change) = &check.change {
+            let _ = writeln!(out, "      → {change}");
+        }
+    }
+    for read in &report.reads {
+        let _ = writeln!(
+            out,
+            "read  {} × {}: {}",
+            read.depth,
+            bytes(read.block_bytes),
+            rate(read.bytes_per_second)
+        );
+    }
+    let count = |verdict| report.checks.iter().filter(|check| check.verdict == verdict).count();
+    let _ = writeln!(out, "{} warnings, {} failures", count(Verdict::Warn), count(Verdict::Fail));
+    printable(&out)
+}
