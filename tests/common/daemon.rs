@@ -30,7 +30,7 @@ pub struct Options {
     nobody: bool,
     io_uring_refused: bool,
     notify: Option<PathBuf>,
-    environment: Vec<(&'static str, PathBuf)>,
+    environment: Vec<(String, String)>,
 }
 
 impl Options {
@@ -91,10 +91,11 @@ impl Options {
         self
     }
 
-    /// Variables of its environment.
+    /// More variables for the daemon alone.
     #[allow(dead_code, reason = "not every test file needs it")]
-    pub fn environment(mut self, variables: impl IntoIterator<Item = (&'static str, PathBuf)>) -> Options {
-        self.environment.extend(variables);
+    pub fn environment(mut self, variables: &[(&str, &str)]) -> Options {
+        self.environment
+            .extend(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         self
     }
 
@@ -145,7 +146,7 @@ impl Options {
         if let Some(socket) = &self.notify {
             command.env("NOTIFY_SOCKET", socket);
         }
-        command.envs(self.environment);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if self.nobody {
             command.uid(NOBODY).gid(NOBODY);
         }
