@@ -289,7 +289,7 @@ fn a_fault_at_each_call_to_the_driver_costs_only_its_load() {
     let trace = root.path().join("trace");
     let start = |variables: &[(&str, &str)]| {
         let options = Options::new(root.path()).budget("64MiB").flags(&["--gpu-budget", "32MiB"]);
-        options.environment(variables.iter().copied())
+        options.environment(variables)
     };
     let request = json!({"source": model.path, "device": "gpu:0"});
     // Which calls a load makes of which function, beyond those of the start.

@@ -25,7 +25,9 @@ const CUT: &str = "GPU-51d0c0da-0001-4000-8000-000000000001";
 
 fn start(machine: &Machine) -> Daemon {
     let root = common::directory();
-    Options::new(root.path()).budget("64MiB").environment(machine.environment()).start()
+    let variables = machine.environment();
+    let variables = [0, 1].map(|place| (variables[place].0, variables[place].1.as_str()));
+    Options::new(root.path()).budget("64MiB").environment(&variables).start()
 }
 
 /// The value of the one series of a metric that has all these labels.

@@ -4,7 +4,9 @@ use std::rc::Rc;
 
 use crate::config;
 use crate::error::Result;
+use crate::node::Node;
 use crate::sys::cuda::{self, Context, Device, Found};
+use crate::telemetry::gpu::{Verdict, Verdicts};
 use crate::tier::gpu::Gpu;
 
 use super::start_failed;
@@ -69,4 +71,20 @@ fn wanted(devices: Vec<Device>, uuids: &[String]) -> Result<Vec<Device>> {
         })
     };
     uuids.iter().map(find).collect()
+}
+
+/// Does what follows from the health of GPUs, as long as the daemon runs: after a contained memory error what was
+/// resident is not handed out any more, and is loaded anew when it is asked for; a device that is lost is not used.
+pub(super) async fn act_on(mut verdicts: Verdicts, node: Rc<Node>) {
+    while let Some((uuid, verdict)) = verdicts.recv().await {
+        let gpus = node.residency.gpus().iter();
+        let Some(index) = gpus.into_iter().position(|gpu| gpu.context().device().uuid == uuid) else {
+            continue;
+        };
+        match verdict {
+            Verdict::Healthy => {}
+            Verdict::Contained => node.residency.doubt(index),
+            Verdict::Lost => node.residency.lose(index),
+        }
+    }
 }

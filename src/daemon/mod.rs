@@ -137,8 +137,7 @@ async fn serve(
         acts_as_tenant: identity::can_act_as(),
     };
 
-    // Nothing is resident on GPUs, so nothing follows from the verdicts yet.
-    let (monitor, _verdicts) = Monitor::start(&config.node, &metrics).await;
+    let (monitor, verdicts) = Monitor::start(&config.node, &metrics).await;
     let roots = Arc::new(Roots::open(&config.roots)?);
     let store = config.state_dir.as_deref().map(|state| {
         let opened = Store::open(&state.join("manifests"), MANIFESTS_MAX, &config.limits);
@@ -190,6 +189,7 @@ async fn serve(
     };
     let keeping = tokio::task::spawn_local(Rc::clone(&host).keep(filled));
     let publishing = tokio::task::spawn_local(publish::run(Rc::clone(&node), collections));
+    let judging = tokio::task::spawn_local(gpus::act_on(verdicts, Rc::clone(&node)));
     let server = Server::new(Rc::clone(&node));
     let accepting = tokio::task::spawn_local(Rc::clone(&server).accept(listener));
     let mut preloading = tokio::task::spawn_local(preload::run(Rc::clone(&node)));
@@ -226,6 +226,7 @@ async fn serve(
     node.jobs.drain(deadline).await;
     server.close().await;
     keeping.abort();
+    judging.abort();
     node.residency.clear();
     let freed = async {
         while node.residency.host().account().freeing > 0 {

@@ -1,6 +1,5 @@
 //! The daemon under test: started, waited for, looked at from outside, killed.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -31,7 +30,7 @@ pub struct Options {
     nobody: bool,
     io_uring_refused: bool,
     notify: Option<PathBuf>,
-    environment: Vec<(String, OsString)>,
+    environment: Vec<(String, String)>,
 }
 
 impl Options {
@@ -94,11 +93,9 @@ impl Options {
 
     /// More variables for the daemon alone.
     #[allow(dead_code, reason = "not every test file needs it")]
-    pub fn environment<N: Into<String>, V: Into<OsString>>(
-        mut self,
-        variables: impl IntoIterator<Item = (N, V)>,
-    ) -> Options {
-        self.environment.extend(variables.into_iter().map(|(name, value)| (name.into(), value.into())));
+    pub fn environment(mut self, variables: &[(&str, &str)]) -> Options {
+        self.environment
+            .extend(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         self
     }
 
@@ -149,7 +146,7 @@ impl Options {
         if let Some(socket) = &self.notify {
             command.env("NOTIFY_SOCKET", socket);
         }
-        command.envs(self.environment);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if self.nobody {
             command.uid(NOBODY).gid(NOBODY);
         }

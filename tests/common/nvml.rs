@@ -1,6 +1,6 @@
 //! The simulated NVML, as a machine of its own: which GPUs it has, and how they are.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -28,8 +28,9 @@ impl Machine {
     }
 
     /// What a process needs in its environment to be on this machine.
-    pub fn environment(&self) -> [(&'static str, PathBuf); 2] {
-        [("CUDA_SIM_DIR", self.path().to_owned()), ("LD_LIBRARY_PATH", self.path().join("lib"))]
+    pub fn environment(&self) -> [(&'static str, String); 2] {
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        [("CUDA_SIM_DIR", text(self.path())), ("LD_LIBRARY_PATH", text(&self.path().join("lib")))]
     }
 
     /// From now on the GPU with this UUID is in this state.

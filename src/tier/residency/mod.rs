@@ -424,6 +424,21 @@ impl Residency {
         }
     }
 
+    /// The memory of a GPU had an error: what is resident there may be wrong, and is not handed out any more.
+    pub fn doubt(&self, index: usize) {
+        let table = self.table.borrow();
+        let here = table.entries.values().filter(|entry| entry.key.device == DeviceId::Gpu(index));
+        let resident: Vec<_> = here.filter(|entry| entry.state.is_resident()).map(|entry| entry.id).collect();
+        drop(table);
+        tracing::warn!(
+            device = self.device_name(DeviceId::Gpu(index)),
+            artifacts = resident.len(),
+            "resident copies dropped"
+        );
+        resident.into_iter().for_each(|id| self.condemn(id));
+        self.sweep();
+    }
+
     /// The memory of a GPU is lost, with all that was resident there: nobody finds it any more.
     pub fn lose(&self, index: usize) {
         let Some(gpu) = self.gpus.get(index).filter(|gpu| !gpu.lost()) else { return };
