@@ -87,8 +87,11 @@ codes! {
 impl Code {
     pub(crate) const SUCCESS: Code = Code(0);
 
-    /// The code of a name without its `CUDA_ERROR_`.
+    /// The code of a name without its `CUDA_ERROR_`; or of `LOST`, which is what a lost device answers.
     pub(crate) fn named(name: &str) -> Option<Code> {
+        if name == "LOST" {
+            return Some(Code::DEVICE_UNAVAILABLE);
+        }
         CODES.iter().find(|entry| entry.1 == name).map(|entry| entry.0)
     }
 
@@ -104,7 +107,8 @@ impl Code {
     pub(crate) fn is_sticky(self) -> bool {
         matches!(
             self,
-            Code::ECC_UNCORRECTABLE
+            Code::DEVICE_UNAVAILABLE
+                | Code::ECC_UNCORRECTABLE
                 | Code::NVLINK_UNCORRECTABLE
                 | Code::ILLEGAL_ADDRESS
                 | Code::LAUNCH_TIMEOUT

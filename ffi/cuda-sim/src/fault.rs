@@ -6,6 +6,9 @@ use std::sync::Mutex;
 use crate::abi::Code;
 use crate::sim::lock;
 
+/// What a copy is called for a fault, when it runs and not when it is submitted.
+pub(crate) const COPY: &str = "copy";
+
 /// `CUDA_SIM_FAULT`, and how often each function was called.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {

@@ -1,6 +1,6 @@
 //! Physical memory of the devices, shared by all processes of the simulated machine.
 //!
-//! An allocation is a file in the directory of the simulated machine. Whoever made it holds `flock(LOCK_SH)` on it. The
+//! An allocation is a file in the device's folder of the simulated machine's directory. Whoever made it holds `flock(LOCK_SH)` on it. The
 //! lock belongs to the open file description, which duplicates of the descriptor, descriptors sent to other processes and
 //! mappings share: so it is held exactly as long as any of them lives anywhere, and the kernel ends it when the last
 //! process that had one is killed. A file whose exclusive lock can be had is dead, and is removed by whoever sees it.
@@ -21,6 +21,8 @@ use crate::memory::Shadow;
 
 /// Bytes behind the memory in an allocation's file, which say what it is.
 const TRAILER_BYTES: u64 = 4096;
+/// How the names of allocations' files end.
+const EXTENSION: &str = ".memory";
 /// First line of the trailer.
 const MAGIC: &str = "cuda-sim memory 1";
 /// What fresh memory holds: whoever forgets to fill or clear it is seen.
@@ -31,8 +33,9 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 /// The memory of one device.
 #[derive(Debug)]
 pub(crate) struct Store {
-    directory: PathBuf,
-    /// `GPU-…`: what the names of the device's files begin with.
+    /// The device's folder.
+    folder: PathBuf,
+    /// `GPU-…`.
     device: String,
     total: u64,
 }
@@ -77,8 +80,9 @@ pub(crate) struct Trailer {
 impl Store {
     /// The memory of the device with this UUID, in the directory of its machine.
     pub(crate) fn open(directory: &Path, device: String, total: u64) -> io::Result<Store> {
-        fs::create_dir_all(directory)?;
-        let store = Store { directory: directory.to_owned(), device, total };
+        let folder = directory.join(&device);
+        fs::create_dir_all(&folder)?;
+        let store = Store { folder, device, total };
         // Also clears what processes left that were killed.
         store.used()?;
         Ok(store)
@@ -86,7 +90,7 @@ impl Store {
 
     /// The lock under which allocations are counted and made.
     fn lock(&self) -> io::Result<File> {
-        let path = self.directory.join(format!("{}.lock", self.device));
+        let path = self.folder.join("lock");
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
         flock(&file, FlockOperation::LockExclusive)?;
         Ok(file)
@@ -107,10 +111,9 @@ impl Store {
     /// Under the lock.
     fn count(&self) -> io::Result<u64> {
         let mut used = 0;
-        for entry in fs::read_dir(&self.directory)? {
+        for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
-            let ours = |name: &str| is_name_of(name, &self.device);
-            if entry.file_name().to_str().is_some_and(ours) {
+            if entry.file_name().to_str().is_some_and(is_name) {
                 used += live(&entry.path())?;
             }
         }
@@ -119,13 +122,9 @@ impl Store {
 
     /// Makes an allocation, of a multiple of the granularity, filled with poison.
     pub(crate) fn create(&self, wanted: Wanted) -> Answer<Arc<Allocation>> {
-        let name = format!(
-            "{}.{}-{}.mem",
-            self.device,
-            rustix::process::getpid().as_raw_nonzero(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
-        let path = self.directory.join(&name);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{}-{number}{EXTENSION}", rustix::process::getpid().as_raw_nonzero());
+        let path = self.folder.join(&name);
         let file = self.reserve(&path, wanted.bytes).map_err(|error| match error.kind() {
             ErrorKind::OutOfMemory | ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Code::OUT_OF_MEMORY,
             _ => Code::OPERATING_SYSTEM,
@@ -192,7 +191,7 @@ impl Allocation {
             rdma: trailer.rdma,
             shadow: Some(shadow),
             file: Some(OwnedFd::from(file)),
-            path: directory.join(trailer.name),
+            path: directory.join(trailer.device).join(trailer.name),
         }))
     }
 
@@ -234,8 +233,11 @@ fn live(path: &Path) -> io::Result<u64> {
     }
 }
 
-fn is_name_of(name: &str, device: &str) -> bool {
-    name.strip_prefix(device).is_some_and(|rest| rest.starts_with('.') && rest.ends_with(".mem"))
+/// Whether a file's name is that of an allocation.
+fn is_name(name: &str) -> bool {
+    name.strip_suffix(EXTENSION).is_some_and(|rest| {
+        !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-')
+    })
 }
 
 impl Trailer {
@@ -265,8 +267,7 @@ impl Trailer {
         let bytes = lines.next()?.parse().ok()?;
         let rdma = lines.next()? == "1";
         let name = lines.next()?.to_owned();
-        let safe = is_name_of(&name, &device) && !name.contains('/');
-        safe.then_some(Trailer { device, bytes, rdma, name })
+        is_name(&name).then_some(Trailer { device, bytes, rdma, name })
     }
 }
 
@@ -282,8 +283,8 @@ mod tests {
             rdma: true,
             name: name.to_owned(),
         };
-        assert_eq!(Trailer::parse(&trailer("GPU-1.7-0.mem").text()), Some(trailer("GPU-1.7-0.mem")));
-        for name in ["GPU-2.7-0.mem", "GPU-1./../x.mem", "../GPU-1.7-0.mem", "GPU-1.7-0"] {
+        assert_eq!(Trailer::parse(&trailer("7-0.memory").text()), Some(trailer("7-0.memory")));
+        for name in [".memory", "../7-0.memory", "x.memory", "7-0", ""] {
             assert_eq!(Trailer::parse(&trailer(name).text()), None, "{name}");
         }
         assert_eq!(Trailer::parse(""), None);

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::abi::{Answer, Code, Host};
 use crate::context::Context;
+use crate::fault;
 use crate::kernels::{Kernel, Launch};
 use crate::memory;
 use crate::sim::{self, lock};
@@ -118,7 +119,10 @@ impl Work {
     /// Does it, on the stream's thread.
     pub(crate) fn run(&self, context: &Context) -> Answer {
         match self {
-            Work::Copy(copy) => copy.run(context),
+            Work::Copy(copy) => match sim::faults().and_then(|faults| faults.called(fault::COPY)) {
+                None => copy.run(context),
+                Some(code) => Err(code),
+            },
             Work::Fill { address, pattern, count } => fill(context, *address, pattern, *count),
             Work::Launch(kernel, launch) => {
                 (kernel.run)(launch, &|start, bytes, need| span(context, start, bytes, need))

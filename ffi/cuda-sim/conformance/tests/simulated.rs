@@ -35,10 +35,12 @@ fn the_simulated_driver_conforms() {
     // Nothing of it is left: every process has ended, and who comes next clears what a killed one has left.
     let next = checks(machine.path()).args(["--check", "granularity_is_a_power_of_two"]).status().unwrap();
     assert!(next.success());
-    let left: Vec<_> = std::fs::read_dir(machine.path())
-        .unwrap()
+    let folders = std::fs::read_dir(machine.path()).unwrap().map(|entry| entry.unwrap().path());
+    let left: Vec<_> = folders
+        .filter(|path| path.is_dir())
+        .flat_map(|folder| std::fs::read_dir(folder).unwrap())
         .map(|entry| entry.unwrap().file_name())
-        .filter(|name| name.to_string_lossy().ends_with(".mem"))
+        .filter(|name| name.to_string_lossy().ends_with(".memory"))
         .collect();
     assert!(left.is_empty(), "memory of processes that have ended: {left:?}");
 }

@@ -80,8 +80,8 @@ fn call(name: &'static str, body: impl FnOnce(&'static Sim) -> Answer) -> Code {
         match sim::faults().and_then(|faults| faults.called(name)) {
             None => body(sim),
             Some(code) => {
-                if code.is_sticky() {
-                    sim.current()?.run(|| Err(code));
+                if let Some(context) = sim.current().ok().filter(|_| code.is_sticky()) {
+                    context.run(|| Err(code));
                 }
                 Err(code)
             }
