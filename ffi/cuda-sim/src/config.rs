@@ -1,147 +1,260 @@
-//! Devices and faults, from the environment.
+//! What the simulated machine is made of: read from the environment once, before the first call is answered.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::code;
+use crate::fault::Plan;
 
-/// Memory of the device that there is when nothing is configured.
-const DEFAULT_MEMORY_BYTES: u64 = 1 << 30;
+/// Unit of device memory: sizes, offsets and addresses of physical allocations are multiples of it, bytes.
+pub(crate) const GRANULARITY: u64 = 2 << 20;
+/// Memory of the device that is simulated when none is configured, bytes.
+const MEMORY_DEFAULT: u64 = 1 << 30;
+/// More devices than any machine has are a mistake in the configuration.
+const DEVICES_MAX: usize = 64;
+/// First bytes of the UUIDs of devices that are given none; the last says which device.
+const UUID_DEFAULT: [u8; 15] = [0x51, 0xd0, 0xc0, 0xda, 0, 0, 0x40, 0, 0x80, 0, 0, 0, 0, 0, 0];
 
-/// One simulated device, as `CUDA_SIM_DEVICES` describes it.
-#[derive(Debug, Clone, Deserialize)]
+/// A device as it is configured.
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Device {
-    /// Always contains "Simulated".
+struct RawDevice {
+    name: Option<String>,
+    uuid: Option<String>,
+    memory_bytes: u64,
+    numa: Option<i32>,
+    pci: Option<String>,
     #[serde(default)]
-    pub(crate) name: String,
-    /// `GPU-…` or `MIG-…`; default: a fixed one for each place in the list.
+    mig: bool,
+    h2d_bytes_per_second: Option<u64>,
+    d2h_bytes_per_second: Option<u64>,
     #[serde(default)]
-    pub(crate) uuid: String,
-    pub(crate) memory_bytes: u64,
-    #[serde(default)]
-    pub(crate) pci: Option<String>,
-    /// NUMA node that it is near.
-    #[serde(default)]
-    pub(crate) numa: Option<i32>,
-    /// Stands for an instance of a partitioned GPU.
-    #[serde(default)]
-    pub(crate) mig: bool,
-    /// Modelled bandwidth; absent: as fast as this machine copies.
-    #[serde(default)]
-    pub(crate) h2d_bytes_per_second: Option<u64>,
-    #[serde(default)]
-    pub(crate) d2h_bytes_per_second: Option<u64>,
-    /// Device attributes by number that differ from the usual ones.
-    #[serde(default)]
-    pub(crate) attributes: HashMap<i32, i32>,
+    attributes: BTreeMap<i32, i32>,
 }
 
-/// When a call fails, counted from 1.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Fault {
-    pub(crate) call: u64,
-    /// Every later one, too.
-    pub(crate) onwards: bool,
-    pub(crate) code: u32,
+/// A device, complete.
+#[derive(Debug, Clone)]
+pub(crate) struct Spec {
+    /// Contains "Simulated"; and "MIG " for an instance, as a real driver's names do.
+    pub(crate) name: String,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) memory_bytes: u64,
+    /// An instance of a GPU.
+    pub(crate) mig: bool,
+    /// `0000:01:00.0`.
+    pub(crate) pci: String,
+    pub(crate) h2d_bytes_per_second: Option<u64>,
+    pub(crate) d2h_bytes_per_second: Option<u64>,
+    /// Device attributes that differ from the default.
+    pub(crate) attributes: BTreeMap<i32, i32>,
+}
+
+impl Spec {
+    /// `GPU-…` or `MIG-…`.
+    pub(crate) fn uuid_text(&self) -> String {
+        let hex: String = self.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+        let kind = if self.mig { "MIG" } else { "GPU" };
+        format!("{kind}-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+    }
 }
 
 /// Everything that the environment says.
 #[derive(Debug)]
 pub(crate) struct Config {
+    /// Shared by all processes of one simulated machine.
     pub(crate) directory: PathBuf,
-    pub(crate) devices: Vec<Device>,
-    pub(crate) faults: HashMap<String, Fault>,
+    /// Those that this process sees, in its order.
+    pub(crate) devices: Vec<Spec>,
+    pub(crate) faults: Plan,
+    /// A file that gets a line for each call.
     pub(crate) trace: Option<PathBuf>,
 }
 
-impl Config {
-    /// Reads the environment. `None`: something in it is wrong; said on stderr, as nobody else would.
+fn variable(name: &str) -> Option<String> {
     #[allow(
-        clippy::print_stderr,
         clippy::disallowed_methods,
-        reason = "a library that is configured by the environment alone"
+        reason = "a driver is configured by its environment: it has no other door"
     )]
-    pub(crate) fn read() -> Option<Config> {
-        let wrong = |what: &str| eprintln!("simulated CUDA driver: {what}");
-        let variable = |name: &str| std::env::var(name).ok();
+    std::env::var(name).ok()
+}
+
+impl Config {
+    /// Reads the environment. An error says what is wrong with it.
+    pub(crate) fn read() -> Result<Config, String> {
         let directory = variable("CUDA_SIM_DIR").map_or_else(
             || PathBuf::from(format!("/dev/shm/cuda-sim-{}", rustix::process::getuid().as_raw())),
             PathBuf::from,
         );
-        let described = variable("CUDA_SIM_DEVICES")
-            .or_else(|| std::fs::read_to_string(directory.join("devices.json")).ok());
-        let devices = match described.as_deref().map(serde_json::from_str::<Vec<Device>>) {
-            None => vec![Device {
-                name: String::new(),
-                uuid: String::new(),
-                memory_bytes: DEFAULT_MEMORY_BYTES,
-                pci: None,
-                numa: None,
-                mig: false,
-                h2d_bytes_per_second: None,
-                d2h_bytes_per_second: None,
-                attributes: HashMap::new(),
-            }],
-            Some(Ok(devices)) => devices,
-            Some(Err(error)) => {
-                wrong(&format!("CUDA_SIM_DEVICES is not understood: {error}"));
-                return None;
-            }
+        let text = match variable("CUDA_SIM_DEVICES") {
+            Some(text) => Some(text),
+            None => match std::fs::read_to_string(directory.join("devices.json")) {
+                Ok(text) => Some(text),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(error) => return Err(format!("devices.json cannot be read: {error}")),
+            },
         };
-        let devices: Vec<Device> =
-            devices.into_iter().enumerate().map(|(index, device)| completed(device, index)).collect();
-        let devices = match variable("CUDA_VISIBLE_DEVICES") {
-            Some(visible) => shown(&devices, &visible),
-            None => devices,
-        };
-        let mut faults = HashMap::new();
-        for text in variable("CUDA_SIM_FAULT").unwrap_or_default().split(';').filter(|text| !text.is_empty())
-        {
-            let Some((name, fault)) = fault(text) else {
-                wrong(&format!("CUDA_SIM_FAULT is not understood: {text}"));
-                return None;
-            };
-            faults.insert(name, fault);
+        let all = devices(text.as_deref())?;
+        Ok(Config {
+            directory,
+            devices: match variable("CUDA_VISIBLE_DEVICES") {
+                Some(list) => visible(&all, &list),
+                None => all,
+            },
+            faults: Plan::parse(&variable("CUDA_SIM_FAULT").unwrap_or_default())?,
+            trace: variable("CUDA_SIM_TRACE").map(PathBuf::from),
+        })
+    }
+}
+
+fn devices(text: Option<&str>) -> Result<Vec<Spec>, String> {
+    let raw: Vec<RawDevice> = match text {
+        Some(text) => serde_json::from_str(text).map_err(|error| format!("the list of devices: {error}"))?,
+        None => vec![RawDevice {
+            name: None,
+            uuid: None,
+            memory_bytes: MEMORY_DEFAULT,
+            numa: None,
+            pci: None,
+            mig: false,
+            h2d_bytes_per_second: None,
+            d2h_bytes_per_second: None,
+            attributes: BTreeMap::new(),
+        }],
+    };
+    if raw.len() > DEVICES_MAX {
+        return Err(format!("the list of devices: more than {DEVICES_MAX}"));
+    }
+    let devices: Vec<Spec> =
+        raw.into_iter().enumerate().map(|(index, raw)| device(index, raw)).collect::<Result<_, _>>()?;
+    for (index, device) in devices.iter().enumerate() {
+        if devices[..index].iter().any(|other| other.uuid == device.uuid) {
+            return Err(format!("two devices have the UUID {}", device.uuid_text()));
         }
-        Some(Config { directory, devices, faults, trace: variable("CUDA_SIM_TRACE").map(PathBuf::from) })
     }
+    Ok(devices)
 }
 
-fn completed(mut device: Device, index: usize) -> Device {
-    if device.name.is_empty() {
-        device.name = format!("Simulated GPU {index}");
-    } else if !device.name.contains("Simulated") {
-        device.name = format!("Simulated {}", device.name);
+fn device(index: usize, raw: RawDevice) -> Result<Spec, String> {
+    let wrong = |what: &str| format!("device {index}: {what}");
+    let mut name = raw.name.unwrap_or_else(|| format!("Simulated GPU {index}"));
+    if !name.contains("Simulated") {
+        name.insert_str(0, "Simulated ");
     }
-    if device.mig && !device.name.contains("MIG ") {
-        device.name += " MIG 1g.1gb";
+    if raw.mig && !name.contains("MIG ") {
+        name.push_str(" MIG 1g");
     }
-    if device.uuid.is_empty() {
-        // "SIMULATED" in ASCII, then the place.
-        let prefix = if device.mig { "MIG" } else { "GPU" };
-        device.uuid = format!("{prefix}-53494d55-4c41-5445-4400-{index:012x}");
-    }
-    device
-}
-
-/// What `CUDA_VISIBLE_DEVICES` leaves: indices or UUIDs, up to the first that is not there.
-fn shown(devices: &[Device], visible: &str) -> Vec<Device> {
-    let find = |text: &str| match text.trim().parse::<usize>() {
-        Ok(index) => devices.get(index).cloned(),
-        Err(_) => {
-            devices.iter().find(|device| !text.is_empty() && device.uuid.starts_with(text.trim())).cloned()
+    let uuid = match raw.uuid {
+        Some(text) => uuid(&text).ok_or_else(|| wrong("the uuid is not one"))?,
+        None => {
+            let mut bytes = [0; 16];
+            bytes[..15].copy_from_slice(&UUID_DEFAULT);
+            bytes[15] = index as u8;
+            bytes
         }
     };
-    visible.split(',').map_while(find).collect()
+    if [raw.h2d_bytes_per_second, raw.d2h_bytes_per_second].contains(&Some(0)) {
+        return Err(wrong("a bandwidth of zero"));
+    }
+    let pci = raw.pci.unwrap_or_else(|| format!("0000:{:02x}:00.0", index + 1));
+    let (domain, bus, slot) = pci_numbers(&pci).ok_or_else(|| wrong("pci is not like 0000:01:00.0"))?;
+    // Attributes that tell where the device is: PCI bus, device and domain, and the NUMA node of the host.
+    let mut attributes = BTreeMap::from([(33, bus), (34, slot), (50, domain), (134, raw.numa.unwrap_or(-1))]);
+    attributes.extend(raw.attributes);
+    Ok(Spec {
+        name,
+        uuid,
+        memory_bytes: raw.memory_bytes / GRANULARITY * GRANULARITY,
+        mig: raw.mig,
+        pci,
+        h2d_bytes_per_second: raw.h2d_bytes_per_second,
+        d2h_bytes_per_second: raw.d2h_bytes_per_second,
+        attributes,
+    })
 }
 
-/// `cuMemCreate:3=OUT_OF_MEMORY`, `cuMemCreate:3+=…` for every later one too.
-fn fault(text: &str) -> Option<(String, Fault)> {
-    let (place, code) = text.split_once('=')?;
-    let (place, onwards) = place.strip_suffix('+').map_or((place, false), |place| (place, true));
-    let (name, call) = place.rsplit_once(':')?;
-    Some((name.to_owned(), Fault { call: call.parse().ok()?, onwards, code: code::parse(code)? }))
+/// 16 bytes in hexadecimal, with or without hyphens and a prefix.
+fn uuid(text: &str) -> Option<[u8; 16]> {
+    let text = text.strip_prefix("GPU-").or_else(|| text.strip_prefix("MIG-")).unwrap_or(text);
+    let hex: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').collect();
+    let mut bytes = [0; 16];
+    if hex.len() != 32 {
+        return None;
+    }
+    for (byte, pair) in bytes.iter_mut().zip(hex.chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// Domain, bus and device of a PCI address.
+fn pci_numbers(text: &str) -> Option<(i32, i32, i32)> {
+    let (domain, rest) = text.split_once(':')?;
+    let (bus, rest) = rest.split_once(':')?;
+    let (slot, _) = rest.split_once('.')?;
+    let number = |text| i32::from_str_radix(text, 16).ok();
+    Some((number(domain)?, number(bus)?, number(slot)?))
+}
+
+/// `CUDA_VISIBLE_DEVICES`: indices and UUIDs, or beginnings of UUIDs; what is not a device ends the list, as it does for a
+/// real driver.
+fn visible(all: &[Spec], list: &str) -> Vec<Spec> {
+    list.split(',')
+        .map(str::trim)
+        .map_while(|entry| match entry.parse::<usize>() {
+            Ok(index) => all.get(index),
+            Err(_) if entry.starts_with("GPU-") || entry.starts_with("MIG-") => all.iter().find(|device| {
+                device
+                    .uuid_text()
+                    .starts_with(&entry.to_ascii_lowercase().replace("gpu-", "GPU-").replace("mig-", "MIG-"))
+            }),
+            Err(_) => None,
+        })
+        .cloned()
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn two() -> Vec<Spec> {
+        devices(Some(
+            r#"[{"memory_bytes": 8388609}, {"memory_bytes": 4194304, "mig": true, "name": "H200"}]"#,
+        ))
+        .unwrap()
+    }
+
+    #[test]
+    fn what_is_not_given_is_the_same_in_each_process() {
+        let devices = two();
+        assert_eq!(devices[0].memory_bytes, 8 << 20);
+        assert_eq!(devices[0].uuid_text(), "GPU-51d0c0da-0000-4000-8000-000000000000");
+        assert_eq!(devices[1].uuid_text(), "MIG-51d0c0da-0000-4000-8000-000000000001");
+        assert_eq!(devices[1].name, "Simulated H200 MIG 1g");
+        assert_eq!(devices[1].pci, "0000:02:00.0");
+    }
+
+    #[test]
+    fn visible_devices_are_named_by_index_or_uuid_until_one_is_not_there() {
+        let all = two();
+        let names = |list| visible(&all, list).iter().map(|device| device.uuid[15]).collect::<Vec<_>>();
+        assert_eq!(names("1,0"), [1, 0]);
+        assert_eq!(names("MIG-51D0C0DA-0000-4000-8000-000000000001,0"), [1, 0]);
+        assert_eq!(names("0,7,1"), [0]);
+        assert_eq!(names(""), [] as [u8; 0]);
+    }
+
+    #[test]
+    fn a_wrong_device_is_refused() {
+        for text in [
+            r#"[{"memory_bytes": 1, "unknown": 1}]"#,
+            r#"[{"memory_bytes": 1, "uuid": "GPU-12"}]"#,
+            r#"[{"memory_bytes": 1, "pci": "1"}]"#,
+            r#"[{"memory_bytes": 1, "h2d_bytes_per_second": 0}]"#,
+            r#"[{}]"#,
+        ] {
+            assert!(devices(Some(text)).is_err(), "{text}");
+        }
+    }
 }

@@ -1,24 +1,21 @@
-//! A simulated CUDA driver: `libcuda.so.1` for machines without a GPU.
+//! A simulated CUDA driver: `libcuda.so.1` over shared memory, for machines without a GPU. README.md says what it does
+//! like a real driver, what it does not, and how it is configured.
 //!
-//! What Lodestream calls of the driver API, over files in shared memory, so that several processes see the same devices:
-//! allocations are exported and imported by descriptor, live as long as anybody has them, and are counted against the
-//! device's memory whoever made them. Its devices say that they are simulated in their names. See README.md for the
-//! environment variables that configure devices and inject faults.
+//! The way of a call: `api` (what the C functions are, and what of their arguments is checked) → `sim` (devices, contexts
+//! and handles) → `memory` (allocations, addresses, host registrations) and `stream` (work in order, on threads of its own).
 //!
-//! | module | what it is |
-//! |---|---|
-//! | [`config`] | devices and faults, from the environment |
-//! | [`machine`] | devices, their memory and its account across processes |
-//! | [`space`] | device addresses of this process, and access to what is mapped there |
-//! | [`stream`] | streams, events, modelled links |
-//! | [`kernels`] | what stands in for known kernels |
-//! | [`api`] | the exported functions |
-#![allow(unsafe_code, reason = "a C library")]
+//! Nothing here is meant to be called from Rust: the crate has no public items, only exported C symbols.
 
+mod abi;
 mod api;
-mod code;
 mod config;
+mod context;
+mod fault;
+mod host;
 mod kernels;
-mod machine;
+mod memory;
+mod sim;
 mod space;
+mod store;
 mod stream;
+mod work;

@@ -1,204 +1,136 @@
-//! Streams: a thread each, which does its work in order; events; and modelled links.
+//! Streams, each a thread that does its work in order, and events, which mark a point in a stream.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
-use crate::code::Outcome;
-use crate::machine::lock;
+use crate::abi::{Answer, Code};
+use crate::context::Context;
+use crate::sim::lock;
+use crate::work::Work;
 
-/// A piece of work; an error is what the context answers from then on.
-type Task = Box<dyn FnOnce() -> Outcome + Send>;
+/// Pieces of work that wait in a stream. Past this the caller waits, as a real driver has it.
+const WAITING_MAX: usize = 1024;
 
-/// Work of one device, in order.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    pub(crate) device: usize,
-    tasks: Mutex<Sender<Task>>,
-    progress: Arc<Progress>,
+    pub(crate) context: Arc<Context>,
+    blocking: bool,
+    queue: Mutex<Queue>,
+    changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Progress {
-    open: Mutex<u64>,
-    ended: Condvar,
+struct Queue {
+    waiting: VecDeque<Item>,
+    /// Pieces submitted and done since the stream was made.
+    submitted: u64,
+    done: u64,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Item {
+    work: Work,
+    /// All submitted before: so waits cannot go in a circle.
+    after: Vec<Mark>,
 }
 
 impl Stream {
-    /// Starts its thread, which ends with the last handle.
-    pub(crate) fn start(device: usize, sticky: Arc<AtomicU32>) -> Arc<Stream> {
-        let (sender, tasks) = channel::<Task>();
-        let progress = Arc::new(Progress::default());
-        let shared = Arc::clone(&progress);
-        let body = move || {
-            for task in tasks {
-                // After an error nothing more is done on the device.
-                if sticky.load(Ordering::Acquire) == 0
-                    && let Err(code) = task()
-                {
-                    sticky.store(code, Ordering::Release);
-                }
-                *lock(&shared.open) -= 1;
-                shared.ended.notify_all();
+    /// A stream with its thread, which ends when the stream is closed and all is done.
+    pub(crate) fn start(context: Arc<Context>, blocking: bool) -> Answer<Arc<Stream>> {
+        let stream = Arc::new(Stream { context, blocking, queue: Mutex::default(), changed: Condvar::new() });
+        let thread = Arc::clone(&stream);
+        std::thread::Builder::new()
+            .name("cuda-sim-stream".to_owned())
+            .spawn(move || thread.work())
+            .map_err(|_| Code::OPERATING_SYSTEM)?;
+        Ok(stream)
+    }
+
+    pub(crate) fn blocking(&self) -> bool {
+        self.blocking
+    }
+
+    /// The thread.
+    fn work(&self) {
+        while let Some(item) = self.next() {
+            item.after.iter().for_each(Mark::wait);
+            self.context.run(|| item.work.run(&self.context));
+            lock(&self.queue).done += 1;
+            self.changed.notify_all();
+        }
+    }
+
+    fn next(&self) -> Option<Item> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if let Some(item) = queue.waiting.pop_front() {
+                self.changed.notify_all();
+                return Some(item);
             }
-        };
-        // Without a thread nothing of this stream ever ends; there is no way to say so from here.
-        let _ = std::thread::Builder::new().name("cuda-sim-stream".to_owned()).spawn(body);
-        Arc::new(Stream { device, tasks: Mutex::new(sender), progress })
-    }
-
-    /// Puts work behind what is there.
-    pub(crate) fn push(&self, task: impl FnOnce() -> Outcome + Send + 'static) {
-        *lock(&self.progress.open) += 1;
-        if lock(&self.tasks).send(Box::new(task)).is_err() {
-            *lock(&self.progress.open) -= 1;
+            if queue.closed {
+                return None;
+            }
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Whether all work has ended.
-    pub(crate) fn idle(&self) -> bool {
-        *lock(&self.progress.open) == 0
-    }
-
-    /// Waits until all work has ended.
-    pub(crate) fn wait(&self) {
-        let mut open = lock(&self.progress.open);
-        while *open > 0 {
-            open = self.progress.ended.wait(open).unwrap_or_else(std::sync::PoisonError::into_inner);
+    /// Submits work.
+    pub(crate) fn push(self: &Arc<Stream>, work: Work, after: Vec<Mark>) -> Mark {
+        let mut queue = lock(&self.queue);
+        while queue.waiting.len() >= WAITING_MAX {
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
+        queue.waiting.push_back(Item { work, after });
+        queue.submitted += 1;
+        self.changed.notify_all();
+        Mark { stream: Arc::clone(self), number: queue.submitted }
+    }
+
+    /// The end of what was submitted so far.
+    pub(crate) fn tail(self: &Arc<Stream>) -> Mark {
+        Mark { stream: Arc::clone(self), number: lock(&self.queue).submitted }
+    }
+
+    /// Lets the thread end when all is done.
+    pub(crate) fn close(&self) {
+        lock(&self.queue).closed = true;
+        self.changed.notify_all();
     }
 }
 
-/// A point in a stream.
-#[derive(Debug, Default)]
-pub(crate) struct Event {
-    state: Mutex<EventState>,
-    reached: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct EventState {
-    recorded: u64,
-    reached: u64,
-    at: Option<Instant>,
-}
-
-impl Event {
-    /// Records it behind what is in the stream.
-    pub(crate) fn record(self: &Arc<Self>, stream: &Stream) {
-        let mut state = lock(&self.state);
-        state.recorded += 1;
-        let (number, event) = (state.recorded, Arc::clone(self));
-        drop(state);
-        let mark = Mark { event, number };
-        stream.push(move || {
-            mark.event.reach(mark.number);
-            Ok(())
-        });
-    }
-
-    fn reach(&self, number: u64) {
-        let mut state = lock(&self.state);
-        if number > state.reached {
-            state.reached = number;
-            state.at = Some(Instant::now());
-        }
-        drop(state);
-        self.reached.notify_all();
-    }
-
-    /// Whether the last recording was reached; also if there was none.
-    pub(crate) fn is_reached(&self) -> bool {
-        let state = lock(&self.state);
-        state.reached == state.recorded
-    }
-
-    /// Waits for the last recording.
-    pub(crate) fn wait(&self) {
-        let mut state = lock(&self.state);
-        let wanted = state.recorded;
-        while state.reached < wanted {
-            state = self.reached.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
-        }
-    }
-
-    /// When it was reached last.
-    pub(crate) fn at(&self) -> Option<Instant> {
-        lock(&self.state).at
-    }
-}
-
-/// Reaches its event also if the work before it failed and this one is dropped.
-struct Mark {
-    event: Arc<Event>,
+/// A point in the work of a stream.
+#[derive(Debug, Clone)]
+pub(crate) struct Mark {
+    stream: Arc<Stream>,
     number: u64,
 }
 
-impl Drop for Mark {
-    fn drop(&mut self) {
-        self.event.reach(self.number);
-    }
-}
-
-/// One direction between host and device.
-#[derive(Debug)]
-pub(crate) struct Link {
-    bytes_per_second: Option<u64>,
-    busy_until: Mutex<Option<Instant>>,
-}
-
-impl Link {
-    pub(crate) fn new(bytes_per_second: Option<u64>) -> Link {
-        Link { bytes_per_second, busy_until: Mutex::new(None) }
+impl Mark {
+    pub(crate) fn is_reached(&self) -> bool {
+        lock(&self.stream.queue).done >= self.number
     }
 
-    /// Takes as long as the link would: copies on it share its bandwidth.
-    pub(crate) fn carry(&self, bytes: u64, began: Instant) {
-        let Some(rate) = self.bytes_per_second.filter(|rate| *rate > 0) else { return };
-        let time = Duration::from_secs_f64(bytes as f64 / rate as f64);
-        let mut busy = lock(&self.busy_until);
-        let end = busy.map_or(began, |busy| busy.max(began)) + time;
-        *busy = Some(end);
-        drop(busy);
-        let now = Instant::now();
-        if end > now {
-            pass(end - now);
+    pub(crate) fn wait(&self) {
+        let mut queue = lock(&self.stream.queue);
+        while queue.done < self.number {
+            queue = self.stream.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
 
-/// A link that is busy is nothing but time.
-#[allow(clippy::disallowed_methods, reason = "time is what is modelled")]
-fn pass(time: Duration) {
-    std::thread::sleep(time);
+/// An event of the C API.
+#[derive(Debug)]
+pub(crate) struct Event {
+    pub(crate) context: Arc<Context>,
+    pub(crate) timing: bool,
+    pub(crate) recorded: Mutex<Option<Recorded>>,
 }
 
-/// Objects by the numbers that are handed out for them.
-pub(crate) struct Handles<T>(Mutex<Option<HashMap<usize, Arc<T>>>>);
-
-impl<T> Handles<T> {
-    pub(crate) const fn new() -> Handles<T> {
-        Handles(Mutex::new(None))
-    }
-
-    pub(crate) fn put(&self, number: u64, object: Arc<T>) -> usize {
-        // Far from addresses and small numbers, so that one kind is not taken for another.
-        let handle = (number as usize) << 4 | 0x7_0000_0000;
-        lock(&self.0).get_or_insert_default().insert(handle, object);
-        handle
-    }
-
-    pub(crate) fn get(&self, handle: usize) -> Option<Arc<T>> {
-        lock(&self.0).as_ref()?.get(&handle).cloned()
-    }
-
-    pub(crate) fn take(&self, handle: usize) -> Option<Arc<T>> {
-        lock(&self.0).as_mut()?.remove(&handle)
-    }
-
-    pub(crate) fn all(&self) -> Vec<Arc<T>> {
-        lock(&self.0).iter().flat_map(|map| map.values().cloned()).collect()
-    }
+/// The last recording of an event.
+#[derive(Debug, Clone)]
+pub(crate) struct Recorded {
+    pub(crate) mark: Mark,
+    pub(crate) time: Arc<OnceLock<Instant>>,
 }

@@ -1,242 +1,162 @@
-//! Copies and fills, on streams.
+//! Copies and fills.
 
-use std::ffi::c_void;
 use std::sync::Arc;
-use std::time::Instant;
 
-use super::memory::is_registered;
-use super::{export, healthy, stream, take};
-use crate::code::{self, Outcome};
-use crate::machine::machine;
-use crate::space::{self, Access, Piece};
-use crate::stream::{Link, Stream};
+use super::{Wait, exported, give, submit, submit_and};
+use crate::abi::{Answer, Code, Host, In, MEMORY_DEVICE, MEMORY_HOST, MEMORY_UNIFIED, Memcpy2D, Plane};
+use crate::context::Context;
+use crate::memory;
+use crate::sim::Sim;
+use crate::stream::Stream;
+use crate::work::{Copy, Place, Rows, Work};
 
-/// `CU_MEMORYTYPE_HOST` and `CU_MEMORYTYPE_DEVICE`.
-const HOST: u32 = 1;
-const DEVICE: u32 = 2;
+/// Copies from host memory that is not registered are submitted without waiting up to this size, bytes: the limit that
+/// the CUDA documentation gives.
+const STAGED_MAX: usize = 64 << 10;
 
-/// Host memory of the caller. It is trusted to stay as long as the API demands.
-#[derive(Clone, Copy)]
-struct HostPlace(*mut u8);
-
-// SAFETY: the API hands such an address to another engine by design; the caller keeps the memory until that is done.
-unsafe impl Send for HostPlace {}
-
-impl HostPlace {
-    fn at(self, offset: usize) -> *mut u8 {
-        self.0.wrapping_add(offset)
-    }
-}
-
-/// Equal rows: bytes, count, and their distances on either side.
-#[derive(Clone, Copy)]
-struct Rows {
-    bytes: usize,
-    count: usize,
-    source_pitch: usize,
-    target_pitch: usize,
-}
-
-impl Rows {
-    fn one(bytes: usize) -> Rows {
-        Rows { bytes, count: 1, source_pitch: bytes, target_pitch: bytes }
-    }
-
-    fn total(self) -> u64 {
-        self.bytes as u64 * self.count as u64
-    }
-}
-
-/// Copies to what `pieces` are, from `from` on.
-fn fill(pieces: &[Piece], mut from: *const u8) {
-    for piece in pieces {
-        // SAFETY: the piece is mapped as long as it lives; the source is the caller's, which has that many bytes.
-        unsafe { std::ptr::copy(from, piece.start(), piece.bytes) };
-        from = from.wrapping_add(piece.bytes);
-    }
-}
-
-/// Copies what `pieces` are to `to`.
-fn drain(pieces: &[Piece], mut to: *mut u8) {
-    for piece in pieces {
-        // SAFETY: as in `fill`, the other way round.
-        unsafe { std::ptr::copy(piece.start(), to, piece.bytes) };
-        to = to.wrapping_add(piece.bytes);
-    }
-}
-
-/// An injected fault of a copy that is under way already: `CUDA_SIM_FAULT=copy:3=LAUNCH_FAILED`.
-fn fault() -> Outcome {
-    machine()?.fault("copy").map_or(Ok(()), Err)
-}
-
-fn link(stream: &Stream, to_device: bool) -> Outcome<Arc<Link>> {
-    let device = machine()?.devices.get(stream.device).ok_or(code::INVALID_CONTEXT)?;
-    Ok(Arc::clone(if to_device { &device.h2d } else { &device.d2h }))
-}
-
-/// Host to device. Memory that is not registered is taken over at once, as by the real driver's own staging.
-fn upload(stream: &Stream, target: u64, source: *const c_void, rows: Rows) -> Outcome {
-    if rows.total() == 0 {
+/// Submits a copy. Host memory that is not registered is not used any more when this returns.
+fn copy(
+    sim: &Sim,
+    context: &Arc<Context>,
+    stream: Option<&Arc<Stream>>,
+    copy: Copy,
+    mut wait: Wait,
+) -> Answer {
+    let Copy { mut from, to, rows } = copy;
+    if rows.bytes == 0 || rows.count == 0 {
         return Ok(());
     }
-    if source.is_null() {
-        return Err(code::INVALID_VALUE);
-    }
-    let link = link(stream, true)?;
-    let hull = rows.source_pitch * (rows.count - 1) + rows.bytes;
-    let pinned = is_registered(source.addr(), hull);
-    let place = HostPlace(source.cast_mut().cast());
-    let mut taken = Vec::new();
-    if !pinned {
-        // SAFETY: the caller's memory, which has that many bytes by the API's contract.
-        taken.extend_from_slice(unsafe { std::slice::from_raw_parts(source.cast::<u8>(), hull) });
-    }
-    stream.push(move || {
-        let began = Instant::now();
-        fault()?;
-        let place = if pinned { place } else { HostPlace(taken.as_ptr().cast_mut()) };
-        for row in 0..rows.count {
-            let address = target + (row * rows.target_pitch) as u64;
-            let pieces = space::pieces(address, rows.bytes as u64, Access::ReadWrite)?;
-            fill(&pieces, place.at(row * rows.source_pitch));
+    let (from_extent, to_extent) = rows.extents().ok_or(Code::INVALID_VALUE)?;
+    for (place, extent) in [(&from, from_extent), (&to, to_extent)] {
+        let start = match place {
+            Place::Host(host) => host.number(),
+            Place::Device(address) => *address,
+            Place::Staged(_) => continue,
+        };
+        if start == 0 || start.checked_add(extent as u64).is_none() {
+            return Err(Code::INVALID_VALUE);
         }
-        link.carry(rows.total(), began);
-        Ok(())
-    });
-    Ok(())
-}
-
-fn download(stream: &Stream, target: *mut c_void, source: u64, bytes: usize) -> Outcome {
-    if target.is_null() && bytes > 0 {
-        return Err(code::INVALID_VALUE);
     }
-    let link = link(stream, false)?;
-    let place = HostPlace(target.cast());
-    stream.push(move || {
-        let began = Instant::now();
-        fault()?;
-        drain(&space::pieces(source, bytes as u64, Access::Read)?, place.at(0));
-        link.carry(bytes as u64, began);
-        Ok(())
-    });
-    Ok(())
-}
-
-fn between(stream: &Stream, target: u64, source: u64, bytes: usize) {
-    stream.push(move || {
-        fault()?;
-        let from = space::pieces(source, bytes as u64, Access::Read)?;
-        let mut target = target;
-        for piece in from {
-            fill(&space::pieces(target, piece.bytes as u64, Access::ReadWrite)?, piece.start());
-            target += piece.bytes as u64;
+    let pageable = |place: &Place, extent: usize| {
+        matches!(place, Place::Host(host)
+            if !sim.registrations().covers(*host, extent as u64, context.device.index))
+    };
+    if pageable(&to, to_extent) {
+        wait = Wait::Yes;
+    }
+    if pageable(&from, from_extent) {
+        match from {
+            Place::Host(host) if wait == Wait::No && from_extent <= STAGED_MAX => {
+                from = Place::Staged(memory::stage(host, from_extent));
+            }
+            _ => wait = Wait::Yes,
         }
-        Ok(())
-    });
+    }
+    give(context, stream, Work::Copy(Copy { from, to, rows }), wait)
 }
 
-fn set(stream: &Stream, target: u64, value: u8, bytes: usize) {
-    stream.push(move || {
-        for piece in space::pieces(target, bytes as u64, Access::ReadWrite)? {
-            // SAFETY: the piece is mapped as long as it lives, and has that many bytes.
-            unsafe { std::ptr::write_bytes(piece.start(), value, piece.bytes) };
+/// One row from host to device.
+fn upload(name: &'static str, target: u64, source: Host, bytes: usize, stream: usize, wait: Wait) -> Code {
+    let from_to = (Place::Host(source), Place::Device(target));
+    one(name, from_to, bytes, stream, wait)
+}
+
+/// One row from device to host.
+fn download(name: &'static str, target: Host, source: u64, bytes: usize, stream: usize, wait: Wait) -> Code {
+    let from_to = (Place::Device(source), Place::Host(target));
+    one(name, from_to, bytes, stream, wait)
+}
+
+/// One row inside devices. The caller never waits, as the CUDA documentation has it.
+fn inside(name: &'static str, target: u64, source: u64, bytes: usize, stream: usize) -> Code {
+    let from_to = (Place::Device(source), Place::Device(target));
+    one(name, from_to, bytes, stream, Wait::No)
+}
+
+fn one(name: &'static str, (from, to): (Place, Place), bytes: usize, stream: usize, wait: Wait) -> Code {
+    submit_and(name, stream, wait, |sim, context, stream| {
+        copy(sim, context, stream, Copy { from, to, rows: Rows::one(bytes) }, wait)
+    })
+}
+
+fn fill(name: &'static str, address: u64, pattern: &[u8], count: usize, stream: usize) -> Code {
+    submit(name, stream, |_, context, stream| {
+        if count == 0 {
+            return Ok(());
         }
-        Ok(())
-    });
+        if address == 0 || !address.is_multiple_of(pattern.len() as u64) {
+            return Err(Code::INVALID_VALUE);
+        }
+        let work = Work::Fill { address, pattern: pattern.to_vec(), count: count as u64 };
+        give(context, stream, work, Wait::No)
+    })
 }
 
-/// Waits for a stream, and says what the context has met meanwhile.
-fn finish(stream: &Stream) -> Outcome {
-    stream.wait();
-    healthy().map(|_| ())
+/// Where the first row of one side of a two-dimensional copy starts.
+fn start(sim: &Sim, plane: &Plane) -> Answer<Place> {
+    let skipped = plane.y.checked_mul(plane.pitch).and_then(|rows| rows.checked_add(plane.x_bytes));
+    let skipped = skipped.ok_or(Code::INVALID_VALUE)?;
+    let device =
+        |address: u64| Ok(Place::Device(address.checked_add(skipped as u64).ok_or(Code::INVALID_VALUE)?));
+    match plane.memory {
+        MEMORY_HOST => Ok(Place::Host(plane.host.offset(skipped))),
+        MEMORY_DEVICE => device(plane.device),
+        // One address space: the address says what it is.
+        MEMORY_UNIFIED if sim.space().is_reserved(plane.device) => device(plane.device),
+        MEMORY_UNIFIED => Err(Code::NOT_SUPPORTED),
+        _ => Err(Code::INVALID_VALUE),
+    }
 }
 
-/// `CUDA_MEMCPY2D`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-#[allow(missing_docs, reason = "as in the driver's header")]
-pub(super) struct Copy2d {
-    source_x: usize,
-    source_y: usize,
-    source_kind: u32,
-    source_host: *const c_void,
-    source_device: u64,
-    source_array: *const c_void,
-    source_pitch: usize,
-    target_x: usize,
-    target_y: usize,
-    target_kind: u32,
-    target_host: *mut c_void,
-    target_device: u64,
-    target_array: *const c_void,
-    target_pitch: usize,
-    width: usize,
-    height: usize,
-}
-
-export! {
-    fn cuMemcpyHtoDAsync_v2(target: u64, source: *const c_void, bytes: usize, handle: usize) {
-        healthy()?;
-        upload(&*stream(handle)?, target, source, Rows::one(bytes))
+exported! {
+    fn cuMemcpyHtoD_v2(target: u64, source: Host, bytes: usize) {
+        upload("cuMemcpyHtoD_v2", target, source, bytes, 0, Wait::Yes)
     }
 
-    fn cuMemcpyDtoHAsync_v2(target: *mut c_void, source: u64, bytes: usize, handle: usize) {
-        healthy()?;
-        download(&*stream(handle)?, target, source, bytes)
+    fn cuMemcpyHtoDAsync_v2(target: u64, source: Host, bytes: usize, stream: usize) {
+        upload("cuMemcpyHtoDAsync_v2", target, source, bytes, stream, Wait::No)
     }
 
-    fn cuMemcpyDtoDAsync_v2(target: u64, source: u64, bytes: usize, handle: usize) {
-        healthy()?;
-        between(&*stream(handle)?, target, source, bytes);
-        Ok(())
+    fn cuMemcpyDtoH_v2(target: Host, source: u64, bytes: usize) {
+        download("cuMemcpyDtoH_v2", target, source, bytes, 0, Wait::Yes)
     }
 
-    fn cuMemcpyHtoD_v2(target: u64, source: *const c_void, bytes: usize) {
-        let stream = stream(0)?;
-        upload(&stream, target, source, Rows::one(bytes))?;
-        finish(&stream)
-    }
-
-    fn cuMemcpyDtoH_v2(target: *mut c_void, source: u64, bytes: usize) {
-        let stream = stream(0)?;
-        download(&stream, target, source, bytes)?;
-        finish(&stream)
+    fn cuMemcpyDtoHAsync_v2(target: Host, source: u64, bytes: usize, stream: usize) {
+        download("cuMemcpyDtoHAsync_v2", target, source, bytes, stream, Wait::No)
     }
 
     fn cuMemcpyDtoD_v2(target: u64, source: u64, bytes: usize) {
-        let stream = stream(0)?;
-        between(&stream, target, source, bytes);
-        finish(&stream)
+        inside("cuMemcpyDtoD_v2", target, source, bytes, 0)
     }
 
-    /// Host to device only.
-    fn cuMemcpy2DAsync_v2(copy: *const Copy2d, handle: usize) {
-        healthy()?;
-        let copy = take(copy)?;
-        let plain = copy.source_kind == HOST && copy.target_kind == DEVICE;
-        let at_start = [copy.source_x, copy.source_y, copy.target_x, copy.target_y] == [0; 4];
-        if !plain || !at_start || copy.source_pitch < copy.width || copy.target_pitch < copy.width {
-            return Err(code::INVALID_VALUE);
-        }
-        let rows = Rows {
-            bytes: copy.width,
-            count: copy.height,
-            source_pitch: copy.source_pitch,
-            target_pitch: copy.target_pitch,
-        };
-        upload(&*stream(handle)?, copy.target_device, copy.source_host, rows)
+    fn cuMemcpyDtoDAsync_v2(target: u64, source: u64, bytes: usize, stream: usize) {
+        inside("cuMemcpyDtoDAsync_v2", target, source, bytes, stream)
     }
 
-    fn cuMemsetD8Async(target: u64, value: u8, bytes: usize, handle: usize) {
-        healthy()?;
-        set(&*stream(handle)?, target, value, bytes);
-        Ok(())
+    fn cuMemcpy2DAsync_v2(description: In<Memcpy2D>, stream: usize) {
+        submit("cuMemcpy2DAsync_v2", stream, |sim, context, stream| {
+            let Memcpy2D { source, target, width, height } = description.get()?;
+            let pitch = |plane: &Plane| if plane.pitch == 0 { width } else { plane.pitch };
+            let rows =
+                Rows { bytes: width, count: height, from_pitch: pitch(&source), to_pitch: pitch(&target) };
+            let (from, to) = (start(sim, &source)?, start(sim, &target)?);
+            copy(sim, context, stream, Copy { from, to, rows }, Wait::No)
+        })
     }
 
-    fn cuMemsetD8_v2(target: u64, value: u8, bytes: usize) {
-        let stream = stream(0)?;
-        set(&stream, target, value, bytes);
-        finish(&stream)
+    fn cuMemsetD8_v2(address: u64, value: u8, count: usize) {
+        fill("cuMemsetD8_v2", address, &[value], count, 0)
+    }
+
+    fn cuMemsetD8Async(address: u64, value: u8, count: usize, stream: usize) {
+        fill("cuMemsetD8Async", address, &[value], count, stream)
+    }
+
+    fn cuMemsetD32_v2(address: u64, value: u32, count: usize) {
+        fill("cuMemsetD32_v2", address, &value.to_le_bytes(), count, 0)
+    }
+
+    fn cuMemsetD32Async(address: u64, value: u32, count: usize, stream: usize) {
+        fill("cuMemsetD32Async", address, &value.to_le_bytes(), count, stream)
     }
 }

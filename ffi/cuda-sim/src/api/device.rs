@@ -1,143 +1,94 @@
-//! Devices and contexts.
+//! What devices there are, and what they are like.
 
-use std::ffi::{c_char, c_int, c_void};
-use std::sync::atomic::Ordering;
+use super::{call, exported};
+use crate::abi::{Code, Out, OutText, Uuid};
+use crate::sim::Device;
 
-use super::{CURRENT, STREAMS, current, export, give, healthy};
-use crate::code::{self, Outcome};
-use crate::machine::{init, machine};
+/// `CU_DEVICE_ATTRIBUTE_*` are 1 to this; others are unknown to CUDA 12.2.
+const ATTRIBUTE_LAST: i32 = 134;
 
-/// The CUDA version that is simulated: 12.2.
-const VERSION: c_int = 12020;
-
-/// Attributes that are not zero: compute capability 9.0, unified addressing, memory by descriptor, async engines.
-const ATTRIBUTES: &[(c_int, c_int)] = &[
-    (1, 1024),
-    (10, 32),
-    (16, 132),
-    (40, 3),
-    (41, 1),
-    (75, 9),
+/// Attributes that are not zero, in the order of `CUdevice_attribute`.
+const ATTRIBUTES: &[(i32, i32)] = &[
+    (1, 1024), // threads of a block
+    (2, 1024), // block x, y, z
+    (3, 1024),
+    (4, 64),
+    (5, i32::MAX), // grid x, y, z
+    (6, 65_535),
+    (7, 65_535),
+    (8, 48 << 10),   // shared memory of a block
+    (10, 32),        // threads of a warp
+    (13, 1_500_000), // clock, kHz
+    (15, 1),         // copies beside kernels
+    (16, 4),         // multiprocessors
+    (19, 1),         // host memory can be mapped
+    (31, 1),         // kernels beside each other
+    (39, 2048),      // threads of a multiprocessor
+    (40, 2),         // copy engines: one for each direction
+    (41, 1),         // unified addressing
+    (75, 9),         // compute capability
     (76, 0),
-    (83, 0),
-    (99, 1),
-    (102, 1),
-    (103, 1),
-    (113, 1),
+    (91, 1),         // registered host memory has one address
+    (97, 227 << 10), // shared memory of a block that asks for more
+    (99, 1),         // host memory can be registered
+    (102, 1),        // virtual memory management
+    (103, 1),        // handles that are file descriptors
 ];
-/// `CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID`.
-const HOST_NUMA_ID: c_int = 134;
 
-/// Writes a text with its zero into the caller's buffer; cut if that is too short.
-fn give_text(buffer: *mut c_char, length: c_int, text: &str) -> Outcome {
-    let length = usize::try_from(length).ok().filter(|length| *length > 0).ok_or(code::INVALID_VALUE)?;
-    if buffer.is_null() {
-        return Err(code::INVALID_VALUE);
+/// `CU_DEVICE_ATTRIBUTE_NUMA_ID`, which is -1 where device memory is no NUMA node.
+const NUMA_ID: i32 = 131;
+
+fn attribute(device: &Device, number: i32) -> Option<i32> {
+    let default = || ATTRIBUTES.iter().find(|entry| entry.0 == number).map_or(0, |entry| entry.1);
+    match device.spec.attributes.get(&number) {
+        Some(value) => Some(*value),
+        None if number == NUMA_ID => Some(-1),
+        None => (1..=ATTRIBUTE_LAST).contains(&number).then(default),
     }
-    let bytes = &text.as_bytes()[..text.len().min(length - 1)];
-    // SAFETY: the buffer has `length` bytes by the API's contract, and `bytes` is shorter.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr().cast(), buffer, bytes.len()) };
-    // SAFETY: as above.
-    let end = unsafe { buffer.add(bytes.len()) };
-    give(end, 0)
 }
 
-fn uuid_bytes(uuid: &str) -> [u8; 16] {
-    let digits: Vec<u32> = uuid.chars().skip(4).filter_map(|digit| digit.to_digit(16)).collect();
-    let mut bytes = [0; 16];
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks(2)) {
-        *byte = pair.iter().fold(0, |value, digit| value << 4 | *digit as u8);
-    }
-    bytes
-}
-
-fn uuid(place: *mut [u8; 16], ordinal: c_int) -> Outcome {
-    let (_, device) = machine()?.device(ordinal)?;
-    give(place, uuid_bytes(&device.device.uuid))
-}
-
-export! {
-    fn cuInit(flags: u32) {
-        if flags == 0 { init() } else { Err(code::INVALID_VALUE) }
+exported! {
+    fn cuDeviceGetCount(count: Out<i32>) {
+        call("cuDeviceGetCount", |sim| count.put(sim.devices.len() as i32))
     }
 
-    fn cuDriverGetVersion(version: *mut c_int) { give(version, VERSION) }
-
-    fn cuDeviceGetCount(count: *mut c_int) { give(count, machine()?.devices.len() as c_int) }
-
-    fn cuDeviceGet(device: *mut c_int, ordinal: c_int) {
-        machine()?.device(ordinal)?;
-        give(device, ordinal)
+    fn cuDeviceGet(device: Out<i32>, ordinal: i32) {
+        call("cuDeviceGet", |sim| {
+            sim.device(ordinal)?;
+            device.put(ordinal)
+        })
     }
 
-    fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int) {
-        let (_, device) = machine()?.device(device)?;
-        give_text(name, length, &device.device.name)
+    fn cuDeviceGetName(name: OutText, length: i32, device: i32) {
+        call("cuDeviceGetName", |sim| name.put(length, &sim.device(device)?.spec.name))
     }
 
-    fn cuDeviceGetUuid(place: *mut [u8; 16], device: c_int) { uuid(place, device) }
-
-    fn cuDeviceGetUuid_v2(place: *mut [u8; 16], device: c_int) { uuid(place, device) }
-
-    fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) {
-        let (_, device) = machine()?.device(device)?;
-        give(bytes, device.device.memory_bytes as usize)
+    fn cuDeviceGetUuid(uuid: Out<Uuid>, device: i32) {
+        call("cuDeviceGetUuid", |sim| uuid.put(Uuid(sim.device(device)?.spec.uuid)))
     }
 
-    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) {
-        let (_, state) = machine()?.device(device)?;
-        let usual = ATTRIBUTES.iter().find(|(known, _)| *known == attribute).map_or(0, |(_, value)| *value);
-        let usual = if attribute == HOST_NUMA_ID { state.device.numa.unwrap_or(-1) } else { usual };
-        give(value, state.device.attributes.get(&attribute).copied().unwrap_or(usual))
+    fn cuDeviceGetUuid_v2(uuid: Out<Uuid>, device: i32) {
+        call("cuDeviceGetUuid_v2", |sim| uuid.put(Uuid(sim.device(device)?.spec.uuid)))
     }
 
-    fn cuDeviceGetPCIBusId(text: *mut c_char, length: c_int, device: c_int) {
-        let (index, state) = machine()?.device(device)?;
-        let own = format!("0000:{:02X}:00.0", 0xa0 + index);
-        give_text(text, length, state.device.pci.as_deref().unwrap_or(&own))
+    fn cuDeviceTotalMem_v2(bytes: Out<usize>, device: i32) {
+        call("cuDeviceTotalMem_v2", |sim| bytes.put(sim.device(device)?.spec.memory_bytes as usize))
     }
 
-    fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, device: c_int) {
-        let (index, state) = machine()?.device(device)?;
-        give(context, std::ptr::without_provenance_mut(index + 1))?;
-        state.retained.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+    fn cuDeviceGetAttribute(value: Out<i32>, number: i32, device: i32) {
+        call("cuDeviceGetAttribute", |sim| {
+            value.put(attribute(sim.device(device)?, number).ok_or(Code::INVALID_VALUE)?)
+        })
     }
 
-    fn cuDevicePrimaryCtxRelease_v2(device: c_int) {
-        let (_, state) = machine()?.device(device)?;
-        let lower = |count: u32| count.checked_sub(1);
-        state.retained.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lower).map_err(|_| code::INVALID_CONTEXT)?;
-        Ok(())
+    fn cuDeviceGetPCIBusId(text: OutText, length: i32, device: i32) {
+        call("cuDeviceGetPCIBusId", |sim| {
+            let address = &sim.device(device)?.spec.pci;
+            // Half an address is none.
+            if i64::from(length) <= address.len() as i64 {
+                return Err(Code::INVALID_VALUE);
+            }
+            text.put(length, address)
+        })
     }
-
-    fn cuCtxSetCurrent(context: *mut c_void) {
-        let number = context.addr();
-        if number > machine()?.devices.len() {
-            return Err(code::INVALID_CONTEXT);
-        }
-        CURRENT.set(number);
-        Ok(())
-    }
-
-    fn cuCtxGetCurrent(context: *mut *mut c_void) { give(context, std::ptr::without_provenance_mut(CURRENT.get())) }
-
-    fn cuCtxGetDevice(device: *mut c_int) { give(device, current()?.0 as c_int) }
-
-    fn cuCtxSynchronize() {
-        let (machine, index, _) = healthy()?;
-        machine.default_stream(index).wait();
-        for stream in STREAMS.all().into_iter().filter(|stream| stream.device == index) {
-            stream.wait();
-        }
-        healthy().map(|_| ())
-    }
-
-    fn cuGetErrorName(error: u32, text: *mut *const c_char) { error_text(error, text) }
-
-    fn cuGetErrorString(error: u32, text: *mut *const c_char) { error_text(error, text) }
-}
-
-fn error_text(error: u32, text: *mut *const c_char) -> Outcome {
-    give(text, code::name(error).ok_or(code::INVALID_VALUE)?.as_ptr().cast())
 }

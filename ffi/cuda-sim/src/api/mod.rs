@@ -1,124 +1,154 @@
-//! The exported functions, under the names that the real library has.
+//! The C functions: what of their arguments is checked, and what each does to the simulated machine.
 //!
-//! Handles are numbers and every pointer is checked for null; beyond that a caller is trusted as the real driver trusts
-//! it: an address of host memory must be one.
+//! No panic leaves them, no argument is taken for valid that C allows to be anything, and each counts for fault injection
+//! and for the trace under the name that it is exported by.
 
+mod context;
 mod copy;
 mod device;
-mod memory;
-mod module;
-mod stream;
+mod events;
+mod general;
+mod modules;
+mod physical;
+mod streams;
+mod virtual_memory;
 
-use std::cell::Cell;
-use std::io::Write;
+use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use crate::code::{self, Outcome};
-use crate::machine::{DeviceState, Machine, machine};
-use crate::stream::{Handles, Stream};
+use crate::abi::{Answer, Code};
+use crate::context::Context;
+use crate::sim::{self, Sim};
+use crate::stream::Stream;
+use crate::work::Work;
 
-thread_local! {
-    /// The current context of this thread: the place of its device plus one; 0: none.
-    static CURRENT: Cell<usize> = const { Cell::new(0) };
+/// Defines C functions, and a table of them.
+macro_rules! exported {
+    ($(fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => {
+        $(
+            // SAFETY: the name is one of CUDA's driver API, which this library stands in for; nothing else defines it.
+            #[unsafe(no_mangle)]
+            #[allow(non_snake_case, reason = "the names are those of the C API")]
+            extern "C" fn $name($($argument: $type),*) -> $crate::abi::Code $body
+        )*
+
+        /// The functions of this file, by name.
+        pub(super) fn table() -> Vec<(&'static str, *const std::ffi::c_void)> {
+            vec![$((stringify!($name), $name as *const std::ffi::c_void)),*]
+        }
+    };
+}
+pub(crate) use exported;
+
+/// All functions, by name.
+fn table() -> Vec<(&'static str, *const c_void)> {
+    [
+        context::table(),
+        copy::table(),
+        device::table(),
+        events::table(),
+        general::table(),
+        modules::table(),
+        physical::table(),
+        streams::table(),
+        virtual_memory::table(),
+    ]
+    .concat()
 }
 
-/// All streams of this process.
-static STREAMS: Handles<Stream> = Handles::new();
-
-/// Carries out one call of the API: injects what is to fail, keeps panics inside, traces.
-fn call(name: &'static str, act: impl FnOnce() -> Outcome) -> u32 {
-    let machine = machine().ok();
-    let result = match machine.and_then(|machine| machine.fault(name)) {
-        Some(code) => {
-            if code::is_sticky(code)
-                && let Ok((_, device)) = current()
-            {
-                device.sticky.store(code, Ordering::Release);
-            }
-            Err(code)
-        }
-        None => catch_unwind(AssertUnwindSafe(act)).unwrap_or(Err(code::UNKNOWN)),
+/// A call that may come before `cuInit`.
+fn early(name: &'static str, body: impl FnOnce() -> Answer) -> Code {
+    let guarded = || match sim::faults() {
+        None => Err(Code::SYSTEM_NOT_READY),
+        Some(faults) => faults.called(name).map_or_else(body, Err),
     };
-    let code = result.err().unwrap_or(0);
-    if let Some(path) = machine.and_then(|machine| machine.config.trace.as_deref())
-        && let Ok(mut file) = std::fs::File::options().append(true).create(true).open(path)
-    {
-        // A trace that cannot be written changes nothing else.
-        let _ = file.write_all(format!("{name} {code}\n").as_bytes());
-    }
+    finish(name, guarded)
+}
+
+fn finish(name: &'static str, body: impl FnOnce() -> Answer) -> Code {
+    let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or(Err(Code::UNKNOWN));
+    let code = result.err().unwrap_or(Code::SUCCESS);
+    sim::trace(name, code);
     code
 }
 
-/// The current device, whatever state it is in.
-fn current() -> Outcome<(usize, &'static DeviceState)> {
-    let machine = machine()?;
-    let index = CURRENT.get().checked_sub(1).ok_or(code::INVALID_CONTEXT)?;
-    machine.devices.get(index).map(|device| (index, device)).ok_or(code::INVALID_CONTEXT)
-}
-
-/// The current device, if its context has met no error.
-fn healthy() -> Outcome<(&'static Machine, usize, &'static DeviceState)> {
-    let (index, device) = current()?;
-    let machine = machine()?;
-    if let Some(code) = machine.fault(&format!("device:{index}")) {
-        device.sticky.store(code, Ordering::Release);
-    }
-    match device.sticky.load(Ordering::Acquire) {
-        0 => Ok((machine, index, device)),
-        code => Err(code),
-    }
-}
-
-/// A stream by its handle; 0, 1 and 2 are the default stream of the current device.
-fn stream(handle: usize) -> Outcome<Arc<Stream>> {
-    match handle {
-        0..=2 => {
-            let (machine, index, _) = healthy()?;
-            Ok(machine.default_stream(index))
+/// A call that answers when it is done. A fault with a sticky code ends the current context.
+fn call(name: &'static str, body: impl FnOnce(&'static Sim) -> Answer) -> Code {
+    finish(name, || {
+        let sim = sim::get()?;
+        match sim::faults().and_then(|faults| faults.called(name)) {
+            None => body(sim),
+            Some(code) => {
+                if let Some(context) = sim.current().ok().filter(|_| code.is_sticky()) {
+                    context.run(|| Err(code));
+                }
+                Err(code)
+            }
         }
-        handle => STREAMS.get(handle).ok_or(code::INVALID_HANDLE),
-    }
+    })
 }
 
-/// Writes a result to where the caller wants it.
-fn give<T>(place: *mut T, value: T) -> Outcome {
-    if place.is_null() {
-        return Err(code::INVALID_VALUE);
-    }
-    // SAFETY: not null, and the caller says by the API's contract that it is a place for a `T`.
-    unsafe { place.write_unaligned(value) };
-    Ok(())
+/// Whether the caller of a function goes on before the work that it submits is done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    No,
+    Yes,
 }
 
-/// Reads what the caller points at.
-fn take<T: Copy>(place: *const T) -> Outcome<T> {
-    if place.is_null() {
-        return Err(code::INVALID_VALUE);
-    }
-    // SAFETY: not null, and the caller says by the API's contract that it is a `T`.
-    Ok(unsafe { place.read_unaligned() })
+/// A call that submits work to a stream, and does not wait for it.
+fn submit(
+    name: &'static str,
+    stream: usize,
+    body: impl FnOnce(&'static Sim, &Arc<Context>, Option<&Arc<Stream>>) -> Answer,
+) -> Code {
+    submit_and(name, stream, Wait::No, body)
 }
 
-/// Defines exported functions: each body is an [`Outcome`].
-macro_rules! export {
-    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => {$(
-        $(#[$doc])*
-        // SAFETY: the name is the real library's; a process loads one of the two.
-        #[unsafe(no_mangle)]
-        #[allow(
-            non_snake_case,
-            missing_docs,
-            unreachable_pub,
-            private_interfaces,
-            clippy::not_unsafe_ptr_arg_deref,
-            clippy::too_many_arguments,
-            reason = "the API of a C library"
-        )]
-        pub extern "C" fn $name($($argument: $type),*) -> u32 {
-            $crate::api::call(stringify!($name), || $body)
+/// A call that submits work to a stream; `body` waits for it if `wait` says so. A fault with a sticky code is submitted in its place, as what is wrong with work
+/// shows only when it is done.
+fn submit_and(
+    name: &'static str,
+    stream: usize,
+    wait: Wait,
+    body: impl FnOnce(&'static Sim, &Arc<Context>, Option<&Arc<Stream>>) -> Answer,
+) -> Code {
+    finish(name, || {
+        let sim = sim::get()?;
+        let (context, stream) = target(sim, stream)?;
+        match sim::faults().and_then(|faults| faults.called(name)) {
+            None => body(sim, &context, stream.as_ref()),
+            Some(code) if code.is_sticky() => give(&context, stream.as_ref(), Work::Fail(code), wait),
+            Some(code) => Err(code),
         }
-    )*};
+    })
 }
-use export;
+
+/// Submits work, and waits for it if that is asked.
+fn give(context: &Arc<Context>, stream: Option<&Arc<Stream>>, work: Work, wait: Wait) -> Answer {
+    let mark = context.submit(stream, work, Vec::new())?;
+    if wait == Wait::No {
+        return Ok(());
+    }
+    mark.wait();
+    context.check()
+}
+
+/// `CU_STREAM_LEGACY`: the NULL stream by another name.
+const STREAM_LEGACY: usize = 1;
+/// `CU_STREAM_PER_THREAD`: not simulated.
+const STREAM_PER_THREAD: usize = 2;
+
+/// The stream of a handle (none: the NULL stream) and its context, for an operation on its device.
+fn target(sim: &Sim, stream: usize) -> Answer<(Arc<Context>, Option<Arc<Stream>>)> {
+    match stream {
+        0 | STREAM_LEGACY => Ok((sim.usable()?, None)),
+        STREAM_PER_THREAD => Err(Code::NOT_SUPPORTED),
+        handle => {
+            let stream = sim.handles().streams.get(&handle).cloned().ok_or(Code::INVALID_HANDLE)?;
+            stream.context.check()?;
+            stream.context.device.touch()?;
+            Ok((Arc::clone(&stream.context), Some(stream)))
+        }
+    }
+}
