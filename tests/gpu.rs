@@ -5,7 +5,7 @@ mod common;
 
 use common::daemon::{Daemon, Options};
 use common::directory;
-use common::gpu::{corrupt, device, memory_in_use, simulated};
+use common::gpu::{corrupt, device, memory_in_use, set_health, simulated};
 use common::model::Model;
 use lodestream::api::methods::{AttachRequest, PrefetchRequest};
 use lodestream::client::{Attached, Client};
@@ -374,4 +374,36 @@ fn a_memory_error_is_found_in_place_and_the_artifact_loaded_anew() {
     assert!(refused.message.contains("head.weight"), "{refused}");
     let (_client, again) = attach(&daemon, &json!({"source": model.path, "device": "gpu:0", "verify": true}));
     verify(&again.unwrap(), &model);
+}
+
+#[test]
+fn after_a_contained_error_nothing_old_is_handed_out_and_a_lost_device_is_not_used() {
+    let name = "after_a_contained_error_nothing_old_is_handed_out_and_a_lost_device_is_not_used";
+    if !simulated(name, &json!([device(64)]), &[]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::mixed(&root.path().join("m"), 6);
+    let mut daemon = gpu_daemon(root.path(), "48MiB");
+    let request = json!({"source": model.path, "device": "gpu:0"});
+    let (_first, before) = attach(&daemon, &request);
+    let before = before.unwrap();
+    let uuid = before.reply().regions[0].device.strip_prefix("gpu:").unwrap().to_owned();
+    set_health(&uuid, &json!({"xid": [94]}));
+    daemon.until("what was resident to be doubted", |daemon| {
+        let reply = daemon.connect().call("artifact.list", &json!({})).unwrap();
+        reply["artifacts"].as_array().unwrap().iter().all(|artifact| artifact["state"] == "stale")
+    });
+    let (_second, after) = attach(&daemon, &request);
+    let after = after.unwrap();
+    assert_ne!(after.lease(), before.lease());
+    verify(&after, &model);
+    let jobs = daemon.connect().call("job.list", &json!({})).unwrap();
+    assert_eq!(jobs["jobs"].as_array().unwrap().len(), 2, "loaded anew");
+
+    set_health(&uuid, &json!({"xid": [94, 79]}));
+    daemon.until("the device to be lost", |daemon| daemon.status()["gpus"][0]["lost"] == true);
+    let (_third, refused) = attach(&daemon, &request);
+    assert_eq!(refused.unwrap_err().code.as_str(), "device.lost");
+    daemon.connect().load(&model.path);
 }

@@ -48,6 +48,7 @@ impl Machine {
         let machine = Machine { directory };
         std::fs::create_dir(machine.libraries()).unwrap();
         symlink(library("libcuda_sim.so"), machine.libraries().join("libcuda.so.1")).unwrap();
+        symlink(library("libnvml_sim.so"), machine.libraries().join("libnvidia-ml.so.1")).unwrap();
         machine
     }
 
@@ -81,6 +82,15 @@ fn in_use(folder: &Path) -> u64 {
         (!free).then(|| file.metadata().unwrap().len())
     });
     held.sum()
+}
+
+/// From now on the GPU with this UUID is in this state (`ffi/cuda-sim/nvml/README.md`).
+#[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
+pub fn set_health(uuid: &str, health: &Value) {
+    let machine = PathBuf::from(std::env::var(INSIDE).unwrap());
+    let new = machine.join("new");
+    std::fs::write(&new, json!({uuid: health}).to_string()).unwrap();
+    std::fs::rename(new, machine.join("health.json")).unwrap();
 }
 
 /// Flips a bit of the byte at `offset` of the largest allocation in use: what a memory error does.
