@@ -174,7 +174,7 @@ impl Attached {
         &self.regions
     }
 
-    /// Gives up the memory on GPUs, and keeps its addresses there for [`Attached::wake`]. The caller releases the lease
+    /// Gives up the memory on GPUs, and keeps its addresses there for [`super::Client::wake`]. The caller releases the lease
     /// next, so that the daemon knows. Until then, tensors on GPUs cannot be read.
     pub fn sleep(&mut self) {
         for region in &mut self.regions {

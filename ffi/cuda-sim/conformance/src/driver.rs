@@ -43,7 +43,7 @@ pub(crate) const DISABLE_TIMING: u32 = 2;
 /// The NULL stream.
 pub(crate) const NULL: CUstream = ptr::null_mut();
 
-/// Calls the driver. Results go to local variables, and host memory comes as slices or as [`Pinned`], so that every
+/// Calls the driver. Results go to local variables, and host memory comes as slices or as `Pinned`, so that every
 /// pointer that is handed in is good for the call.
 macro_rules! cu {
     ($name:ident($($argument:expr),* $(,)?)) => {{
