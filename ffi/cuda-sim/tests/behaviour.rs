@@ -82,6 +82,8 @@ fn devices_are_those_that_are_configured() {
             assert_eq!(driver::device_pci(1, 32).unwrap(), "0000:3b:00.0");
             let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
             assert_eq!(driver::attribute(processors, 1), Ok(132));
+            let bus = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID;
+            assert_eq!(driver::attribute(bus, 1), Ok(0x3b));
             // Memory of one is nothing to the other.
             let handle = driver::create(0, UNIT).unwrap();
             let address = driver::reserve(UNIT, 0).unwrap();

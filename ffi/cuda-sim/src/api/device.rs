@@ -35,15 +35,27 @@ const ATTRIBUTES: &[(i32, i32)] = &[
     (103, 1),        // handles that are file descriptors
 ];
 
+/// `CU_DEVICE_ATTRIBUTE_*` that tell where a device is.
+const PCI_BUS: i32 = 33;
+const PCI_DEVICE: i32 = 34;
+const PCI_DOMAIN: i32 = 50;
+const HOST_NUMA: i32 = 134;
 /// `CU_DEVICE_ATTRIBUTE_NUMA_ID`, which is -1 where device memory is no NUMA node.
-const NUMA_ID: i32 = 131;
+const NUMA: i32 = 131;
 
 fn attribute(device: &Device, number: i32) -> Option<i32> {
-    let default = || ATTRIBUTES.iter().find(|entry| entry.0 == number).map_or(0, |entry| entry.1);
-    match device.spec.attributes.get(&number) {
-        Some(value) => Some(*value),
-        None if number == NUMA_ID => Some(-1),
-        None => (1..=ATTRIBUTE_LAST).contains(&number).then(default),
+    let spec = &device.spec;
+    if let Some(value) = spec.attributes.get(&number) {
+        return Some(*value);
+    }
+    let usual = || ATTRIBUTES.iter().find(|entry| entry.0 == number).map_or(0, |entry| entry.1);
+    match number {
+        PCI_BUS => Some(spec.pci.bus.into()),
+        PCI_DEVICE => Some(spec.pci.device.into()),
+        PCI_DOMAIN => i32::try_from(spec.pci.domain).ok(),
+        HOST_NUMA => Some(spec.numa.and_then(|node| i32::try_from(node).ok()).unwrap_or(-1)),
+        NUMA => Some(-1),
+        _ => (1..=ATTRIBUTE_LAST).contains(&number).then(usual),
     }
 }
 
@@ -83,12 +95,12 @@ exported! {
 
     fn cuDeviceGetPCIBusId(text: OutText, length: i32, device: i32) {
         call("cuDeviceGetPCIBusId", |sim| {
-            let address = &sim.device(device)?.spec.pci;
+            let address = sim.device(device)?.spec.pci.to_string();
             // Half an address is none.
             if i64::from(length) <= address.len() as i64 {
                 return Err(Code::INVALID_VALUE);
             }
-            text.put(length, address)
+            text.put(length, &address)
         })
     }
 }
