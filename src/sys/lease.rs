@@ -2,7 +2,7 @@
 //!
 //! A write lease (`F_SETLEASE`, `F_WRLCK`) is granted only when the asker's own open file description is the only
 //! one of that file. Clients receive a read-only description that is not ours; it lives as long as they have it
-//! open *or mapped*. So: give up our copy of the shared description, open a private one, and ask for a lease. It is
+//! open *or mapped*. So: give up our copy of the shared description, keep a private one, and ask for a lease. It is
 //! granted exactly when the last importer has let go. Checked on memfd and hugetlb memfd, Linux 6.18
 //! (docs/decisions/0004-held-memory.md).
 
@@ -17,13 +17,10 @@ pub struct Importers {
 }
 
 impl Importers {
-    /// Closes `shared` and opens a private description of the same memory.
-    pub(super) fn of(shared: OwnedFd, bytes: u64) -> io::Result<Importers> {
-        use rustix::fs::{Mode, OFlags};
-        let path = format!("/proc/self/fd/{}", shared.as_raw_fd());
-        let private = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        drop(shared);
-        Ok(Importers { private, bytes })
+    /// `private` is a description of the memory that no importer shares. The daemon has given up its copy of the one that
+    /// they do.
+    pub(super) fn of(private: OwnedFd, bytes: u64) -> Importers {
+        Importers { private, bytes }
     }
 
     /// Length of the memory, bytes.
@@ -57,7 +54,7 @@ mod tests {
         let (sealed, retired) = Memory::new(HUGE_PAGE_BYTES, PageKind::Small).unwrap().seal().unwrap();
         let client = sealed.as_fd().try_clone_to_owned().unwrap();
         drop(retired);
-        let importers = sealed.retire().unwrap();
+        let importers = sealed.retire();
         assert!(importers.hold());
         drop(client);
         assert!(!importers.hold());

@@ -138,22 +138,24 @@ impl Memory {
     /// With the memory, which was not shared.
     pub fn seal(self) -> Result<(Sealed, Retired), Box<(Memory, io::Error)>> {
         match self.shareable() {
-            Ok(readable) => {
-                let sealed = Sealed { readable, bytes: self.bytes(), pages: self.pages };
+            Ok([readable, private]) => {
+                let sealed = Sealed { readable, private, bytes: self.bytes(), pages: self.pages };
                 Ok((sealed, Retired { _memory: self }))
             }
             Err(error) => Err(Box::new((self, error))),
         }
     }
 
-    /// Seals, and opens the read-only description that is shared.
-    fn shareable(&self) -> io::Result<OwnedFd> {
+    /// Seals, and opens two read-only descriptions: the one that is shared, and the one by which importers are observed
+    /// later, when there may be no descriptor left to open it.
+    fn shareable(&self) -> io::Result<[OwnedFd; 2]> {
         use rustix::fs::{Mode, OFlags};
         // FUTURE_WRITE and not WRITE: our own writable mapping is still there and is retired by the caller later.
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&self.fd, seals)?;
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.fd));
-        Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+        let open = || rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        Ok([open()?, open()?])
     }
 
     /// Gives the tail from `bytes` on back to the kernel. `bytes` is a positive multiple of [`HUGE_PAGE_BYTES`].
@@ -288,6 +290,7 @@ impl Drop for Span {
 #[derive(Debug)]
 pub struct Sealed {
     readable: OwnedFd,
+    private: OwnedFd,
     bytes: u64,
     pages: PageKind,
 }
@@ -304,8 +307,9 @@ impl Sealed {
     }
 
     /// Gives up the descriptor that is shared, and keeps one by which importers can be observed.
-    pub fn retire(self) -> io::Result<super::lease::Importers> {
-        super::lease::Importers::of(self.readable, self.bytes)
+    pub fn retire(self) -> super::lease::Importers {
+        drop(self.readable);
+        super::lease::Importers::of(self.private, self.bytes)
     }
 }
 

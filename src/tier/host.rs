@@ -329,17 +329,13 @@ impl Host {
         for part in parts {
             let bytes = part.bytes();
             state.account.regions -= bytes;
-            match part.retire() {
-                Ok(importers) if importers.hold() => {
-                    state.account.held += bytes;
-                    state.held.push(importers);
-                }
-                Ok(importers) => {
-                    state.account.freeing += bytes;
-                    free.push(importers);
-                }
-                // Without a descriptor nothing keeps the memory but its importers.
-                Err(error) => tracing::warn!(%error, "cannot observe importers"),
+            let importers = part.retire();
+            if importers.hold() {
+                state.account.held += bytes;
+                state.held.push(importers);
+            } else {
+                state.account.freeing += bytes;
+                free.push(importers);
             }
         }
         drop(state);
