@@ -7,7 +7,7 @@
 //! 1. `unsafe` only in `src/sys/*` and `ffi/*`; every block states the invariant and who upholds it. No safe function
 //!    takes an address.
 //! 2. An operation owns its buffer from submission to completion. A dropped or cancelled job frees memory only when the
-//!    kernel has said it is done. A shard that cannot drain leaks and counts.
+//!    kernel and the GPU have said that they are done. A shard that cannot drain leaks and counts.
 //! 3. All staging is allocated, pinned and registered at start. The hot loop allocates nothing and takes no lock.
 //! 4. Every queue, retry, frame, header and loop has a named limit in `Config`; going past it is an error with a code.
 //! 5. A short read, a short write, EAGAIN and a misaligned tail are handled in one place each, with a test each.

@@ -194,17 +194,13 @@ impl Gpu {
 
     /// Gives back the memory of a region that was never shared.
     pub fn discard(self: &Rc<Self>, memory: Arc<DeviceMemory>) {
-        self.free(memory, Vec::new());
+        self.release(memory, Vec::new());
     }
 
     /// Gives back the memory of a region. What processes among `importers` may still have mapped stays in the account
     /// until they end. It is never used again for another region (invariant 8): the driver takes it back, and new memory
     /// is cleared.
     pub fn release(self: &Rc<Self>, memory: Arc<DeviceMemory>, importers: Vec<Importer>) {
-        self.free(memory, importers);
-    }
-
-    fn free(self: &Rc<Self>, memory: Arc<DeviceMemory>, importers: Vec<Importer>) {
         let bytes = memory.bytes();
         let mut state = self.state.borrow_mut();
         state.account.regions -= bytes;
@@ -237,14 +233,6 @@ impl Gpu {
         if let_go > 0 {
             self.nudge();
         }
-    }
-
-    /// An importer has let go of what it had mapped.
-    pub fn forget_importer(&self, importer: &Importer) {
-        for held in &mut self.state.borrow_mut().held {
-            held.importers.retain(|other| !Arc::ptr_eq(other, importer));
-        }
-        self.look_at_held();
     }
 }
 
