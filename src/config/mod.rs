@@ -326,7 +326,7 @@ impl Default for Config {
                 reader: Reader::Auto,
                 block_bytes: MIB,
                 depth: 8,
-                slots: 16,
+                slots: 8,
                 shards: 0,
                 pin: true,
                 page_cache: PageCache::Auto,
