@@ -274,7 +274,7 @@ fn execute_direct(layouts: &[Layout], files: &[u64], missed: bool) -> (Vec<Vec<u
         let mut at = one.offset;
         for piece in direct.pieces_of(one) {
             assert_eq!((piece.offset, piece.place - one.place), (at, at - one.offset));
-            let chunk = crate::checksum::CHUNK_BYTES;
+            let chunk = CHUNK_BYTES;
             assert_eq!(piece.offset / chunk, (piece.offset + piece.bytes - 1) / chunk, "one chunk");
             at += piece.bytes;
         }
