@@ -6,13 +6,18 @@ mod common;
 use std::path::Path;
 
 use common::daemon::{Daemon, Options};
-use common::gpu::{corrupt, device, memory_in_use, simulated_with_cufile};
+use common::gpu::{corrupt, memory_in_use, simulated_with_cufile};
 use common::model::Model;
 use common::{directory, wire::number};
 use lodestream::api::methods::AttachRequest;
 use lodestream::client::{Attached, Client};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
+
+/// A GPU whose memory drives can reach.
+fn gpu() -> Value {
+    json!({"memory_bytes": 256 << 20, "attributes": {"110": 1}})
+}
 
 /// A daemon with a GPU, and this for `gpu.direct`.
 fn daemon(root: &Path, direct: &str, variables: &[(&str, &str)]) -> Daemon {
@@ -88,7 +93,7 @@ fn bytes_by(path: &Value, name: &str) -> u64 {
 #[test]
 fn aligned_tensors_come_directly_and_the_rest_by_slots() {
     let name = "aligned_tensors_come_directly_and_the_rest_by_slots";
-    if !simulated_with_cufile(name, &json!([device(160)]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
         return;
     }
     let root = directory();
@@ -139,7 +144,7 @@ fn aligned_tensors_come_directly_and_the_rest_by_slots() {
 #[test]
 fn compat_mode_is_found_out_and_not_used() {
     let name = "compat_mode_is_found_out_and_not_used";
-    if !simulated_with_cufile(name, &json!([device(160)]), &[("CUFILE_SIM_MODE", "compat")]) {
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "compat")]) {
         return;
     }
     let root = directory();
@@ -158,7 +163,7 @@ fn compat_mode_is_found_out_and_not_used() {
 #[test]
 fn a_silent_fallback_is_noticed_reported_and_not_tried_again() {
     let name = "a_silent_fallback_is_noticed_reported_and_not_tried_again";
-    if !simulated_with_cufile(name, &json!([device(160)]), &[("CUFILE_SIM_MODE", "nvfs")]) {
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
         return;
     }
     let root = directory();
@@ -192,7 +197,7 @@ fn a_silent_fallback_is_noticed_reported_and_not_tried_again() {
 #[test]
 fn a_library_that_never_opens_costs_nothing_but_the_direct_path() {
     let name = "a_library_that_never_opens_costs_nothing_but_the_direct_path";
-    if !simulated_with_cufile(name, &json!([device(160)]), &[("CUFILE_SIM_MODE", "nvfs")]) {
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
         return;
     }
     let root = directory();
@@ -220,8 +225,9 @@ fn a_library_that_never_opens_costs_nothing_but_the_direct_path() {
 fn what_is_slower_is_not_used_and_what_is_faster_is() {
     let name = "what_is_slower_is_not_used_and_what_is_faster_is";
     // The link between host and GPU is slow: what the direct path saves.
-    let gpu = json!([{"memory_bytes": 160 << 20, "h2d_bytes_per_second": 200_000_000}]);
-    if !simulated_with_cufile(name, &gpu, &[("CUFILE_SIM_MODE", "p2pdma")]) {
+    let mut slow = gpu();
+    slow["h2d_bytes_per_second"] = json!(200_000_000);
+    if !simulated_with_cufile(name, &json!([slow]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
         return;
     }
     for (rate, state) in [("50000000", "not_used"), ("1000000000", "used")] {
@@ -242,7 +248,7 @@ fn what_is_slower_is_not_used_and_what_is_faster_is() {
 #[test]
 fn off_means_that_nothing_is_measured() {
     let name = "off_means_that_nothing_is_measured";
-    if !simulated_with_cufile(name, &json!([device(160)]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
         return;
     }
     let root = directory();
@@ -255,7 +261,7 @@ fn off_means_that_nothing_is_measured() {
 #[test]
 fn misaligned_files_go_by_slots_where_the_direct_path_is_used() {
     let name = "misaligned_files_go_by_slots_where_the_direct_path_is_used";
-    if !simulated_with_cufile(name, &json!([device(160)]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
         return;
     }
     let root = directory();
@@ -286,7 +292,7 @@ fn misaligned_files_go_by_slots_where_the_direct_path_is_used() {
 #[test]
 fn a_fault_at_each_call_to_cufile_costs_no_load() {
     let name = "a_fault_at_each_call_to_cufile_costs_no_load";
-    if !simulated_with_cufile(name, &json!([device(160)]), &[("CUFILE_SIM_MODE", "nvfs")]) {
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
         return;
     }
     let root = directory();
@@ -346,11 +352,36 @@ fn a_fault_at_each_call_to_cufile_costs_no_load() {
     }
 }
 
+/// Invariant 2: a device that is lost in the middle of a read ends the load with a code, and all is given back.
+#[test]
+fn a_device_that_is_lost_in_mid_read_ends_the_load() {
+    let name = "a_device_that_is_lost_in_mid_read_ends_the_load";
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::aligned(&root.path().join("m"), 1);
+    // After the helper is done, whose operations count for themselves.
+    let mut daemon = daemon(root.path(), "on", &[("CUDA_SIM_FAULT", "device:0:2000=LOST")]);
+    assert_eq!(learn(&mut daemon, &model)["state"], "used");
+    let failure = (0..200).find_map(|_| {
+        let failed = daemon.connect().load_on(&on_gpu(&model)).err();
+        let _ = daemon.connect().call("artifact.evict", &on_gpu(&model));
+        failed
+    });
+    assert_eq!(failure.unwrap().code, "device.lost");
+    daemon.until("memory given back", |daemon| daemon.status()["gpus"][0]["resident_bytes"] == 0);
+    // The host tier is not concerned.
+    daemon.connect().load(&model.path);
+    assert!(daemon.terminate().success());
+    assert_eq!(memory_in_use(), 0);
+}
+
 /// Invariant 6: bytes that the drive has written to the GPU are compared with what the file was, like all others.
 #[test]
 fn bytes_that_differ_from_the_manifest_are_noticed_on_the_device() {
     let name = "bytes_that_differ_from_the_manifest_are_noticed_on_the_device";
-    if !simulated_with_cufile(name, &json!([device(160)]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
         return;
     }
     let root = directory();

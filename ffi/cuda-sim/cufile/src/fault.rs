@@ -19,6 +19,8 @@ pub(crate) enum Effect {
     Errno(Errno),
     /// Of a transfer: half of it is done.
     Short,
+    /// Of a transfer: it goes by way of host memory, and nobody says so.
+    Compat,
     /// The call never returns.
     Hang,
 }
@@ -45,6 +47,7 @@ fn effect(function: &str, name: &str) -> Option<Effect> {
     let of_transfer = match name {
         "HANG" => return Some(Effect::Hang),
         "SHORT" => Effect::Short,
+        "COMPAT" => Effect::Compat,
         "EIO" => Effect::Errno(Errno::IO),
         "ENOSPC" => Effect::Errno(Errno::NOSPC),
         "EINVAL" => Effect::Errno(Errno::INVAL),

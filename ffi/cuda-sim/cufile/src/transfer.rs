@@ -52,6 +52,7 @@ pub(crate) fn run(session: &Session, wanted: Wanted) -> Answer<u64> {
     let is_unaligned = checked.is_unaligned();
     // What is not whole pages is not written past the page cache.
     let way = match wanted.direction {
+        _ if fault == Some(Effect::Compat) => Way::Posix,
         Direction::Write if is_unaligned => Way::Posix,
         _ => file.way,
     };
@@ -62,7 +63,7 @@ pub(crate) fn run(session: &Session, wanted: Wanted) -> Answer<u64> {
             checked.bytes = checked.bytes / 2 / PAGE * PAGE;
             transfer(session, &file, way, wanted.direction, &checked)
         }
-        None => transfer(session, &file, way, wanted.direction, &checked),
+        None | Some(Effect::Compat) => transfer(session, &file, way, wanted.direction, &checked),
     };
     lock(&session.counters).transfer(&Transferred {
         direction: wanted.direction,
