@@ -139,7 +139,7 @@ impl Model {
             Tensor::new("layers.0.weight", "U8", &[9 << 20]),
             Tensor::new("layers.0.mask", "BOOL", &[77]),
             Tensor::new("layers.1.weight", "U8", &[3 << 20]),
-            Tensor::new("head.bias", "F32", &[300]),
+            Tensor::new("head.bias", "U8", &[1201]),
         ];
         fs::create_dir_all(path).unwrap();
         // Some header that ends on a multiple of 4096 would hide that the edges are read, too.
