@@ -410,7 +410,7 @@ impl<'a, R: Reader> Runner<'a, R> {
                 break;
             };
             if let Some(expected) = expected(file, &piece).filter(|expected| *expected != sum) {
-                batch.progress.fail(mismatch(file, &piece, sum, expected));
+                batch.progress.fail(mismatch(&file.name, &piece, sum, expected));
             }
             batch.checks[step.first_check as usize + number].store(sum, Ordering::Release);
         }

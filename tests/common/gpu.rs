@@ -9,16 +9,38 @@ use serde_json::{Value, json};
 /// Set in the process that has the simulated libcuda: where its machine is.
 const INSIDE: &str = "CUDA_SIM_DIR";
 
+/// Magic numbers of file systems.
+const EXT4: u64 = 0xef53;
+const XFS: u64 = 0x5846_5342;
+
 /// Environment variables of one run.
 pub type Variables<'a> = &'a [(&'a str, &'a str)];
 
 /// Whether this process has simulated GPUs. If not, the test `name` is run again in one that has, and must pass there.
 #[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
 pub fn simulated(name: &str, devices: &Value, more: Variables<'_>) -> bool {
+    std::env::var(INSIDE).is_ok() || run_on(&Machine::new(), name, devices, more)
+}
+
+/// The same, with a simulated cuFile (`ffi/cuda-sim/cufile`). Does nothing where the files of tests are on a file system that
+/// it cannot read directly, as the real one cannot.
+#[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
+pub fn simulated_with_cufile(name: &str, devices: &Value, more: Variables<'_>) -> bool {
     if std::env::var(INSIDE).is_ok() {
         return true;
     }
+    let kind = rustix::fs::statfs(env!("CARGO_TARGET_TMPDIR")).unwrap().f_type;
+    if ![EXT4, XFS].contains(&(kind as u64)) {
+        eprintln!("skipped: the build is neither on ext4 nor on XFS");
+        return false;
+    }
     let machine = Machine::new();
+    symlink(library("libcufile_sim.so"), machine.libraries().join("libcufile.so.0")).unwrap();
+    run_on(&machine, name, devices, more)
+}
+
+/// Runs a test again on a machine. → `false`: it has been run.
+fn run_on(machine: &Machine, name: &str, devices: &Value, more: Variables<'_>) -> bool {
     let status = Command::new(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
         .env("LD_LIBRARY_PATH", machine.libraries())

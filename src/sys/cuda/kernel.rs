@@ -63,17 +63,57 @@ impl Checksums {
         if chunk_bytes == 0 || !Arc::ptr_eq(memory.context(), context) {
             return Err(invalid(CALL));
         }
-        let data = memory.address_of(offset, bytes).ok_or(invalid(CALL))?;
         let count = bytes.div_ceil(chunk_bytes);
-        let blocks = u32::try_from(count).map_err(|_| invalid(CALL))?;
         let room = DeviceMemory::rounded(context, count * 8)?.ok_or(invalid(CALL))?;
         let sums = DeviceMemory::new(context, room)?;
-        let target = sums.address_of(0, count * 8).ok_or(invalid(CALL))?;
+        self.launch(memory, (offset, bytes), chunk_bytes, (&sums, 0))?;
+        self.stream.finish()?;
+        read_sums(&sums, count)
+    }
+
+    /// The checksum of each of `pieces` (offset and bytes, none empty) of `memory`, by way of `room`, which has 8 bytes for
+    /// each of them. The context of all three is the same.
+    pub fn pieces(
+        &self,
+        memory: &DeviceMemory,
+        pieces: impl Iterator<Item = (u64, u64)>,
+        room: &DeviceMemory,
+    ) -> Result<Vec<u64>, CudaError> {
+        let mut count = 0;
+        let launched = pieces.into_iter().try_for_each(|piece| {
+            count += 1;
+            self.launch(memory, piece, piece.1, (room, (count - 1) * 8))
+        });
+        // Also after a failure: what was launched before it uses both memories.
+        self.stream.finish()?;
+        launched?;
+        read_sums(room, count)
+    }
+
+    /// Starts the kernel on `piece` (offset and bytes) of `memory`; the sums go to a memory from an offset on. Both are kept
+    /// by the caller until the stream has finished.
+    fn launch(
+        &self,
+        memory: &DeviceMemory,
+        (offset, bytes): (u64, u64),
+        chunk_bytes: u64,
+        (sums, place): (&DeviceMemory, u64),
+    ) -> Result<(), CudaError> {
+        const CALL: &str = "cuLaunchKernel";
+        let context = self.stream.context();
+        let own = [memory, sums].iter().all(|memory| Arc::ptr_eq(memory.context(), context));
+        if !own || bytes == 0 || chunk_bytes == 0 {
+            return Err(invalid(CALL));
+        }
+        let count = bytes.div_ceil(chunk_bytes);
+        let blocks = u32::try_from(count).map_err(|_| invalid(CALL))?;
+        let data = memory.address_of(offset, bytes).ok_or(invalid(CALL))?;
+        let target = sums.address_of(place, count * 8).ok_or(invalid(CALL))?;
         let mut arguments = [data, bytes, chunk_bytes, target];
         let mut places = arguments.each_mut().map(|argument| std::ptr::from_mut(argument).cast::<c_void>());
         context.bind()?;
         // SAFETY: the arguments are those of the kernel, and live through the call, which copies them; both memories are
-        // kept until `finish` below.
+        // kept until the stream has finished (the caller's promise).
         let result = unsafe {
             sys::cuLaunchKernel(
                 self.function,
@@ -89,12 +129,15 @@ impl Checksums {
                 std::ptr::null_mut(),
             )
         };
-        check(CALL, result)?;
-        self.stream.finish()?;
-        let mut bytes = vec![0u8; count as usize * 8];
-        sums.read(0, &mut bytes)?;
-        Ok(bytes.as_chunks::<8>().0.iter().map(|sum| u64::from_le_bytes(*sum)).collect())
+        check(CALL, result)
     }
+}
+
+/// The first `count` sums that the kernel has left.
+fn read_sums(sums: &DeviceMemory, count: u64) -> Result<Vec<u64>, CudaError> {
+    let mut bytes = vec![0u8; usize::try_from(count * 8).unwrap_or_default()];
+    sums.read(0, &mut bytes)?;
+    Ok(bytes.as_chunks::<8>().0.iter().map(|sum| u64::from_le_bytes(*sum)).collect())
 }
 
 impl Drop for Checksums {

@@ -39,6 +39,11 @@ impl fmt::Display for CudaError {
 }
 
 impl CudaError {
+    /// The driver's number for it.
+    pub(super) fn code(self) -> i32 {
+        self.result as i32
+    }
+
     /// The device has no memory left.
     pub fn is_out_of_memory(self) -> bool {
         self.result == CUresult::CUDA_ERROR_OUT_OF_MEMORY
