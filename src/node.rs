@@ -189,6 +189,7 @@ impl Node {
                     reader: options.reader.as_str().to_owned(),
                     devices: devices.clone(),
                     cpus: options.cpus.clone(),
+                    slot_nodes: shard.slot_nodes().clone(),
                     block_bytes: options.block_bytes,
                     depth: options.depth,
                     in_flight: shard.stats().in_flight.load(Ordering::Relaxed),
@@ -216,6 +217,7 @@ fn gpu_status(gpu: &Gpu) -> GpuStatus {
         name: gpu.context().device().name.clone(),
         budget_bytes: gpu.budget(),
         resident_bytes: account.regions,
+        demoting_bytes: account.leaving,
         held_bytes: account.held,
         lost: gpu.lost(),
     }

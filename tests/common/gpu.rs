@@ -4,27 +4,43 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use lodestream::api::methods::AttachRequest;
+use lodestream::client::{Attached, Client};
 use serde_json::{Value, json};
+
+use super::daemon::{Daemon, Options};
+use super::model::Model;
 
 /// Set in the process that has the simulated libcuda: where its machine is.
 const INSIDE: &str = "CUDA_SIM_DIR";
 
-/// Environment variables of one run.
-pub type Variables<'a> = &'a [(&'a str, &'a str)];
+/// Has the rest of a test run on simulated GPUs of so many MiB each, in a process of its own.
+macro_rules! on_gpus {
+    ($($mib:literal),+) => {
+        fn here() {}
+        let devices = serde_json::json!([$($crate::common::gpu::device($mib)),+]);
+        if !$crate::common::gpu::simulated(std::any::type_name_of_val(&here), &devices) {
+            return;
+        }
+    };
+}
+#[allow(unused_imports, reason = "each test binary uses its part of the harness")]
+pub(crate) use on_gpus;
 
-/// Whether this process has simulated GPUs. If not, the test `name` is run again in one that has, and must pass there.
+/// Whether this process has simulated GPUs. If not, the test around `here` is run again in one that has, and must pass
+/// there.
 #[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
-pub fn simulated(name: &str, devices: &Value, more: Variables<'_>) -> bool {
+pub fn simulated(here: &str, devices: &Value) -> bool {
     if std::env::var(INSIDE).is_ok() {
         return true;
     }
+    let name = here.rsplit("::").nth(1).unwrap();
     let machine = Machine::new();
     let status = Command::new(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
         .env("LD_LIBRARY_PATH", machine.libraries())
         .env(INSIDE, machine.directory.path())
         .env("CUDA_SIM_DEVICES", devices.to_string())
-        .envs(more.iter().copied())
         .status()
         .unwrap();
     assert!(status.success(), "{name} on simulated GPUs: {status}");
@@ -108,4 +124,30 @@ pub fn corrupt(offset: u64) {
     let mut byte = [0];
     file.read_exact_at(&mut byte, offset).unwrap();
     file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+}
+
+/// Attaches as a client with a connection of its own.
+pub fn attach(daemon: &Daemon, request: &Value) -> (Client, lodestream::Result<Attached>) {
+    let mut client = Client::connect(&daemon.socket).unwrap();
+    let request: AttachRequest = serde_json::from_value(request.clone()).unwrap();
+    let attached = client.attach(&request, &[], &mut |_| ());
+    (client, attached)
+}
+
+/// Every tensor holds what the model's seed says.
+pub fn verify(attached: &Attached, model: &Model) {
+    assert_eq!(attached.tensors().count(), model.tensors.len());
+    for tensor in &model.tensors {
+        let found = attached.tensor(&tensor.name).unwrap();
+        assert!(found.bytes().is_none(), "the CPU cannot read the memory of a GPU");
+        if tensor.bytes > 0 {
+            assert_eq!(found.device_address().unwrap() % 512, 0, "{} is aligned", tensor.name);
+        }
+        assert!(found.to_vec().unwrap() == tensor.contents(model.seed), "{}", tensor.name);
+    }
+}
+
+/// A daemon with this budget on each GPU.
+pub fn gpu_daemon(root: &Path, budget: &str) -> Daemon {
+    Options::new(root).budget("512MiB").flags(&["--gpu-budget", budget]).start()
 }

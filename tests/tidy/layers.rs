@@ -27,7 +27,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("api", &["node", "topology", "transfer", "tier", "catalog", "source", "sys", "json"]),
     ("node", &["API", "NODE", "json"]),
     ("transfer", &["API", "NODE", "json"]),
-    ("tier", &["API", "catalog", "plan", "source", "sys", "json"]),
+    ("tier", &["API", "catalog", "plan", "source", "sys", "checksum", "json"]),
     ("catalog", &["API", "source", "sys", "checksum", "json"]),
     ("source", &["sys", "json"]),
     ("plan", &["catalog", "checksum"]),

@@ -7,6 +7,7 @@
 //! Every object keeps the primary context of its device alive, and makes it current on the calling thread before each
 //! call, so objects can move between threads.
 
+mod demotion;
 mod device;
 mod kernel;
 mod memory;
@@ -17,6 +18,7 @@ use std::fmt;
 
 use cudarc::driver::sys::{self, CUresult};
 
+pub use demotion::Demotion;
 pub use device::{Context, Device, Found, find};
 pub use kernel::Checksums;
 pub use memory::{DeviceMemory, Imported, Pinned, PinnedMap};
