@@ -9,7 +9,7 @@ use common::gpu::{attach, corrupt, gpu_daemon, memory_in_use, on_gpus, set_healt
 use common::model::Model;
 use lodestream::api::methods::{AttachRequest, PrefetchRequest};
 use lodestream::client::Client;
-use serde_json::{Value, json};
+use serde_json::json;
 
 #[test]
 fn a_model_is_loaded_once_and_attached_by_descriptor() {

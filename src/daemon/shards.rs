@@ -90,3 +90,16 @@ pub(super) fn start(
     };
     Ok(Plane { shards, devices, lane_of: Box::new(lane_of) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::shared;
+
+    #[test]
+    fn gpus_share_a_node_only_if_all_of_them_are_known_to_be_there() {
+        assert_eq!(shared([Some(1), Some(1)].into_iter()), Some(1));
+        assert_eq!(shared([Some(1), Some(0)].into_iter()), None);
+        assert_eq!(shared([Some(1), None].into_iter()), None);
+        assert_eq!(shared([].into_iter()), None);
+    }
+}

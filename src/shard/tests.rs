@@ -359,3 +359,14 @@ fn a_broken_shard_fails_what_it_works_on_and_what_waits_invariant_6() {
         assert_eq!(batch.progress.failure().map(|error| error.code), Some(Code::SourceFileIo));
     }
 }
+
+#[test]
+fn slots_lie_on_the_node_that_is_asked_for() {
+    let shard = Shard::start(Options { numa_node: Some(0), ..options(ReaderKind::Preadv2) }).unwrap();
+    if shard.slot_nodes().is_empty() {
+        eprintln!("skipped: the kernel does not say where memory is");
+        return;
+    }
+    let Options { slots, block_bytes, .. } = shard.options();
+    assert_eq!(shard.slot_nodes(), &BTreeMap::from([(0, u64::from(*slots) * block_bytes)]));
+}

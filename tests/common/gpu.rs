@@ -15,6 +15,7 @@ use super::model::Model;
 const INSIDE: &str = "CUDA_SIM_DIR";
 
 /// Has the rest of a test run on simulated GPUs of so many MiB each, in a process of its own.
+#[allow(unused_macros, reason = "each test binary uses its part of the harness")]
 macro_rules! on_gpus {
     ($($mib:literal),+) => {
         fn here() {}
