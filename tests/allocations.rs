@@ -60,6 +60,7 @@ fn more_bytes_take_no_more_allocations() {
         depth: 8,
         slots: 16,
         cpus: Vec::new(),
+        numa_node: None,
         page_cache: false,
         devices: Vec::new(),
     });

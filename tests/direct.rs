@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use common::daemon::{Daemon, Options};
-use common::gpu::{corrupt, memory_in_use, simulated_with_cufile};
+use common::gpu::{corrupt, memory_in_use, on_gpus_with_cufile};
 use common::model::Model;
 use common::{directory, wire::number};
 use lodestream::api::methods::AttachRequest;
@@ -96,10 +96,7 @@ fn bytes_by(path: &Value, name: &str) -> u64 {
 /// Invariants 6 and 10: what agrees with its file comes directly, which cuFile's counters prove, and every byte is checked.
 #[test]
 fn aligned_tensors_come_directly_and_the_rest_by_slots() {
-    let name = "aligned_tensors_come_directly_and_the_rest_by_slots";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "p2pdma");
     let root = directory();
     let first = Model::aligned(&root.path().join("first"), 1);
     let second = Model::aligned(&root.path().join("second"), 2);
@@ -147,10 +144,7 @@ fn aligned_tensors_come_directly_and_the_rest_by_slots() {
 
 #[test]
 fn compat_mode_is_found_out_and_not_used() {
-    let name = "compat_mode_is_found_out_and_not_used";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "compat")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "compat");
     let root = directory();
     let model = Model::aligned(&root.path().join("m"), 1);
     let mut daemon = daemon(root.path(), "on", &[]);
@@ -166,10 +160,7 @@ fn compat_mode_is_found_out_and_not_used() {
 /// Invariant 10: what was direct when it was measured and is not any more is not called direct.
 #[test]
 fn a_silent_fallback_is_noticed_reported_and_not_tried_again() {
-    let name = "a_silent_fallback_is_noticed_reported_and_not_tried_again";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "nvfs");
     let root = directory();
     let model = Model::aligned(&root.path().join("m"), 1);
     // More reads than the helper makes, which is another process and counts for itself.
@@ -200,10 +191,7 @@ fn a_silent_fallback_is_noticed_reported_and_not_tried_again() {
 
 #[test]
 fn a_library_that_never_opens_costs_nothing_but_the_direct_path() {
-    let name = "a_library_that_never_opens_costs_nothing_but_the_direct_path";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "nvfs");
     let root = directory();
     let model = Model::aligned(&root.path().join("m"), 1);
     let other = Model::aligned(&root.path().join("other"), 2);
@@ -227,13 +215,10 @@ fn a_library_that_never_opens_costs_nothing_but_the_direct_path() {
 
 #[test]
 fn what_is_slower_is_not_used_and_what_is_faster_is() {
-    let name = "what_is_slower_is_not_used_and_what_is_faster_is";
     // The link between host and GPU is slow: what the direct path saves.
     let mut slow = gpu();
     slow["h2d_bytes_per_second"] = json!(200_000_000);
-    if !simulated_with_cufile(name, &json!([slow]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([slow]), "p2pdma");
     for (rate, state) in [("50000000", "not_used"), ("1000000000", "used")] {
         let root = directory();
         let model = Model::aligned(&root.path().join("m"), 1);
@@ -251,10 +236,7 @@ fn what_is_slower_is_not_used_and_what_is_faster_is() {
 
 #[test]
 fn doctor_measures_each_drive_to_each_gpu() {
-    let name = "doctor_measures_each_drive_to_each_gpu";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "p2pdma");
     let root = directory();
     // What `doctor` reads has to be of 64 MiB.
     let model = Model::uniform(&root.path().join("m"), 1, 9, 8 << 20);
@@ -271,10 +253,7 @@ fn doctor_measures_each_drive_to_each_gpu() {
 
 #[test]
 fn off_means_that_nothing_is_measured() {
-    let name = "off_means_that_nothing_is_measured";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "p2pdma");
     let root = directory();
     let model = Model::aligned(&root.path().join("m"), 1);
     let daemon = daemon(root.path(), "off", &[]);
@@ -284,10 +263,7 @@ fn off_means_that_nothing_is_measured() {
 
 #[test]
 fn misaligned_files_go_by_slots_where_the_direct_path_is_used() {
-    let name = "misaligned_files_go_by_slots_where_the_direct_path_is_used";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "p2pdma");
     let root = directory();
     let mixed = Model::mixed(&root.path().join("mixed"), 3);
     let aligned = Model::aligned(&root.path().join("aligned"), 1);
@@ -315,10 +291,7 @@ fn misaligned_files_go_by_slots_where_the_direct_path_is_used() {
 /// Invariants 2 and 11: whichever call to cuFile fails, every byte is right, and all memory comes back.
 #[test]
 fn a_fault_at_each_call_to_cufile_costs_no_load() {
-    let name = "a_fault_at_each_call_to_cufile_costs_no_load";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "nvfs");
     let root = directory();
     let model = Model::aligned(&root.path().join("m"), 1);
     // In the helper and in the daemon.
@@ -379,10 +352,7 @@ fn a_fault_at_each_call_to_cufile_costs_no_load() {
 /// Invariant 2: a device that is lost in the middle of a read ends the load with a code, and all is given back.
 #[test]
 fn a_device_that_is_lost_in_mid_read_ends_the_load() {
-    let name = "a_device_that_is_lost_in_mid_read_ends_the_load";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "nvfs");
     let root = directory();
     let model = Model::aligned(&root.path().join("m"), 1);
     // After the helper is done, whose operations count for themselves.
@@ -404,10 +374,7 @@ fn a_device_that_is_lost_in_mid_read_ends_the_load() {
 /// Invariant 6: bytes that the drive has written to the GPU are compared with what the file was, like all others.
 #[test]
 fn bytes_that_differ_from_the_manifest_are_noticed_on_the_device() {
-    let name = "bytes_that_differ_from_the_manifest_are_noticed_on_the_device";
-    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
-        return;
-    }
+    on_gpus_with_cufile!(json!([gpu()]), "p2pdma");
     let root = directory();
     let model = Model::aligned(&root.path().join("m"), 1);
     let mut daemon = daemon(root.path(), "on", &[]);

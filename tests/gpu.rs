@@ -5,41 +5,15 @@ mod common;
 
 use common::daemon::{Daemon, Options};
 use common::directory;
-use common::gpu::{corrupt, device, memory_in_use, set_health, simulated};
+use common::gpu::{attach, corrupt, gpu_daemon, memory_in_use, on_gpus, set_health, verify};
 use common::model::Model;
 use lodestream::api::methods::{AttachRequest, PrefetchRequest};
-use lodestream::client::{Attached, Client};
-use serde_json::{Value, json};
-
-fn attach(daemon: &Daemon, request: &Value) -> (Client, lodestream::Result<Attached>) {
-    let mut client = Client::connect(&daemon.socket).unwrap();
-    let request: AttachRequest = serde_json::from_value(request.clone()).unwrap();
-    let attached = client.attach(&request, &[], &mut |_| ());
-    (client, attached)
-}
-
-/// Every tensor holds what the model's seed says.
-fn verify(attached: &Attached, model: &Model) {
-    assert_eq!(attached.tensors().count(), model.tensors.len());
-    for tensor in &model.tensors {
-        let found = attached.tensor(&tensor.name).unwrap();
-        assert!(found.bytes().is_none(), "the CPU cannot read the memory of a GPU");
-        if tensor.bytes > 0 {
-            assert_eq!(found.device_address().unwrap() % 512, 0, "{} is aligned", tensor.name);
-        }
-        assert!(found.to_vec().unwrap() == tensor.contents(model.seed), "{}", tensor.name);
-    }
-}
-
-fn gpu_daemon(root: &std::path::Path, budget: &str) -> Daemon {
-    Options::new(root).budget("512MiB").flags(&["--gpu-budget", budget]).start()
-}
+use lodestream::client::Client;
+use serde_json::json;
 
 #[test]
 fn a_model_is_loaded_once_and_attached_by_descriptor() {
-    if !simulated("a_model_is_loaded_once_and_attached_by_descriptor", &json!([device(256)]), &[]) {
-        return;
-    }
+    on_gpus!(256);
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 7);
     let mut daemon = gpu_daemon(root.path(), "128MiB");
@@ -70,9 +44,7 @@ fn a_model_is_loaded_once_and_attached_by_descriptor() {
 
 #[test]
 fn ranks_share_one_read_of_each_byte() {
-    if !simulated("ranks_share_one_read_of_each_byte", &json!([device(128), device(128)]), &[]) {
-        return;
-    }
+    on_gpus!(128, 128);
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 11);
     let daemon = gpu_daemon(root.path(), "64MiB");
@@ -130,10 +102,7 @@ fn ranks_share_one_read_of_each_byte() {
 
 #[test]
 fn what_is_on_the_host_tier_is_copied_from_there_and_not_read_again() {
-    let name = "what_is_on_the_host_tier_is_copied_from_there_and_not_read_again";
-    if !simulated(name, &json!([device(64), device(64)]), &[]) {
-        return;
-    }
+    on_gpus!(64, 64);
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 9);
     // A pool makes regions of several parts.
@@ -159,9 +128,7 @@ fn what_is_on_the_host_tier_is_copied_from_there_and_not_read_again() {
 
 #[test]
 fn memory_is_bounded_evicted_and_given_back() {
-    if !simulated("memory_is_bounded_evicted_and_given_back", &json!([device(64)]), &[]) {
-        return;
-    }
+    on_gpus!(64);
     let root = directory();
     let models: Vec<_> = (0..3).map(|n| Model::mixed(&root.path().join(format!("m{n}")), n)).collect();
     let mut daemon = gpu_daemon(root.path(), "32MiB");
@@ -198,9 +165,7 @@ fn memory_is_bounded_evicted_and_given_back() {
 
 #[test]
 fn a_device_that_is_full_says_so_and_nothing_is_lost() {
-    if !simulated("a_device_that_is_full_says_so_and_nothing_is_lost", &json!([device(8)]), &[]) {
-        return;
-    }
+    on_gpus!(8);
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 3);
     let mut daemon = gpu_daemon(root.path(), "64MiB");
@@ -216,9 +181,7 @@ fn a_device_that_is_full_says_so_and_nothing_is_lost() {
 
 #[test]
 fn asleep_and_awake_at_the_same_addresses() {
-    if !simulated("asleep_and_awake_at_the_same_addresses", &json!([device(64)]), &[]) {
-        return;
-    }
+    on_gpus!(64);
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 5);
     let daemon = gpu_daemon(root.path(), "32MiB");
@@ -240,10 +203,7 @@ fn asleep_and_awake_at_the_same_addresses() {
 
 #[test]
 fn weights_replaced_on_disk_are_a_new_version_and_old_leases_are_unharmed() {
-    let name = "weights_replaced_on_disk_are_a_new_version_and_old_leases_are_unharmed";
-    if !simulated(name, &json!([device(64)]), &[]) {
-        return;
-    }
+    on_gpus!(64);
     let root = directory();
     let old = Model::mixed(&root.path().join("m"), 1);
     let daemon = gpu_daemon(root.path(), "48MiB");
@@ -257,10 +217,7 @@ fn weights_replaced_on_disk_are_a_new_version_and_old_leases_are_unharmed() {
 
 #[test]
 fn what_a_process_that_goes_on_still_has_mapped_counts_as_held() {
-    let name = "what_a_process_that_goes_on_still_has_mapped_counts_as_held";
-    if !simulated(name, &json!([device(64)]), &[]) {
-        return;
-    }
+    on_gpus!(64);
     let root = directory();
     let models: Vec<_> = (0..2).map(|n| Model::mixed(&root.path().join(format!("m{n}")), n)).collect();
     let daemon = gpu_daemon(root.path(), "16MiB");
@@ -280,10 +237,7 @@ fn what_a_process_that_goes_on_still_has_mapped_counts_as_held() {
 /// back.
 #[test]
 fn a_fault_at_each_call_to_the_driver_costs_only_its_load() {
-    let name = "a_fault_at_each_call_to_the_driver_costs_only_its_load";
-    if !simulated(name, &json!([device(64)]), &[]) {
-        return;
-    }
+    on_gpus!(64);
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 1);
     let trace = root.path().join("trace");
@@ -343,10 +297,7 @@ fn a_fault_at_each_call_to_the_driver_costs_only_its_load() {
 
 #[test]
 fn a_memory_error_is_found_in_place_and_the_artifact_loaded_anew() {
-    let name = "a_memory_error_is_found_in_place_and_the_artifact_loaded_anew";
-    if !simulated(name, &json!([device(64)]), &[]) {
-        return;
-    }
+    on_gpus!(64);
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 4);
     let plain = root.path().join("plain.bin");
@@ -378,10 +329,7 @@ fn a_memory_error_is_found_in_place_and_the_artifact_loaded_anew() {
 
 #[test]
 fn after_a_contained_error_nothing_old_is_handed_out_and_a_lost_device_is_not_used() {
-    let name = "after_a_contained_error_nothing_old_is_handed_out_and_a_lost_device_is_not_used";
-    if !simulated(name, &json!([device(64)]), &[]) {
-        return;
-    }
+    on_gpus!(64);
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 6);
     let mut daemon = gpu_daemon(root.path(), "48MiB");

@@ -4,9 +4,10 @@ use std::os::fd::BorrowedFd;
 
 use serde_json::json;
 
+use super::Context;
 use super::output::{Column, bytes, milliseconds, table};
-use super::{Context, parse, source};
-use crate::api::methods::{ArtifactInfo, ArtifactRequest, Selector};
+use super::source::{self, Wanted};
+use crate::api::methods::{ArtifactInfo, ArtifactRequest};
 use crate::client::Client;
 use crate::error::Result;
 
@@ -16,17 +17,8 @@ pub(super) struct Args {
     #[arg(value_name = "SOURCE", required = true)]
     sources: Vec<String>,
 
-    /// Where it is resident: `host`, `gpu:GPU-<uuid>` or `gpu:<index>`
-    #[arg(long, value_name = "DEVICE", default_value = "host")]
-    device: String,
-
-    /// The selection that it was loaded with; repeatable
-    #[arg(long, value_name = "GLOB[:DIM:OF:INDEX]", value_parser = parse::selector)]
-    select: Vec<Selector>,
-
-    /// Open the files here and send them, instead of their path
-    #[arg(long)]
-    open: bool,
+    #[command(flatten)]
+    wanted: Wanted,
 }
 
 /// A method of the client that takes an artifact.
@@ -52,13 +44,13 @@ pub(super) fn each(context: &Context, args: &Args, method: Method, done: &str) -
 }
 
 pub(super) fn call(client: &mut Client, args: &Args, text: &str, method: Method) -> Result<ArtifactInfo> {
-    let select = (!args.select.is_empty()).then(|| args.select.clone());
-    let mut request = ArtifactRequest { source: None, digest: None, device: args.device.clone(), select };
+    let (device, select) = (args.wanted.device.clone(), args.wanted.select());
+    let mut request = ArtifactRequest { source: None, digest: None, device, select };
     if let Some(digest) = source::digest(text) {
         request.digest = Some(digest.to_owned());
         return method(client, &request, &[]);
     }
-    let opened = source::source(text, args.open)?;
+    let opened = args.wanted.source(text)?;
     request.source = Some(opened.source.clone());
     method(client, &request, &opened.files())
 }
@@ -85,9 +77,10 @@ pub(super) fn listing(artifacts: &[ArtifactInfo]) -> String {
     ];
     let rows = artifacts.iter().map(|info| {
         let selected = if info.select.is_some() { " (selection)" } else { "" };
+        let packed = if info.packed && info.device == "host" { " (packed)" } else { "" };
         vec![
             format!("{}{selected}", info.source),
-            info.device.clone(),
+            format!("{}{packed}", info.device),
             info.state.clone(),
             bytes(info.bytes),
             info.tensors.to_string(),

@@ -6,10 +6,11 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::Context;
 use super::output::{Column, bytes, milliseconds, table};
 use super::progress::Progress;
-use super::{Context, parse, source};
-use crate::api::methods::{AttachRequest, Selector};
+use super::source::{self, Wanted};
+use crate::api::methods::AttachRequest;
 use crate::client::{Attached, Client};
 use crate::error::{Code, Error, Result};
 
@@ -18,21 +19,12 @@ pub(super) struct Args {
     /// Path, URI or digest
     source: String,
 
-    /// Where it is or will be resident: `host`, `gpu:GPU-<uuid>` or `gpu:<index>`
-    #[arg(long, value_name = "DEVICE", default_value = "host")]
-    device: String,
-
-    /// Only these tensors, or part INDEX of OF along dimension DIM of them; repeatable
-    #[arg(long, value_name = "GLOB[:DIM:OF:INDEX]", value_parser = parse::selector)]
-    select: Vec<Selector>,
+    #[command(flatten)]
+    wanted: Wanted,
 
     /// Fail if it is not resident, instead of loading it
     #[arg(long)]
     no_wait: bool,
-
-    /// Open the files here and send them, instead of their path
-    #[arg(long)]
-    open: bool,
 
     /// Before it is handed out, compare what is in memory with the checksums of when it arrived
     #[arg(long)]
@@ -62,8 +54,8 @@ fn attach(context: &Context, args: &Args, client: &mut Client) -> Result<Attache
     let mut request = AttachRequest {
         source: None,
         digest: None,
-        device: args.device.clone(),
-        select: (!args.select.is_empty()).then(|| args.select.clone()),
+        device: args.wanted.device.clone(),
+        select: args.wanted.select(),
         wait: !args.no_wait,
         verify: args.verify,
         notify: progress.wanted(),
@@ -72,7 +64,7 @@ fn attach(context: &Context, args: &Args, client: &mut Client) -> Result<Attache
         request.digest = Some(digest.to_owned());
         return client.attach(&request, &[], &mut |job| progress.update(job));
     }
-    let opened = source::source(&args.source, args.open)?;
+    let opened = args.wanted.source(&args.source)?;
     request.source = Some(opened.source.clone());
     client.attach(&request, &opened.files(), &mut |job| progress.update(job))
 }

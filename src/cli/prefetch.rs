@@ -4,8 +4,9 @@ use serde_json::json;
 
 use super::output::{bytes, milliseconds, rate};
 use super::progress::{self, Progress};
-use super::{Context, parse, source};
-use crate::api::methods::{JobInfo, JobWaitRequest, PrefetchRequest, Selector};
+use super::source::Wanted;
+use super::{Context, parse};
+use crate::api::methods::{JobInfo, JobWaitRequest, PrefetchRequest};
 use crate::error::{Error, Result};
 
 #[derive(Debug, clap::Args)]
@@ -14,13 +15,8 @@ pub(super) struct Args {
     #[arg(value_name = "SOURCE", required = true)]
     sources: Vec<String>,
 
-    /// Where to: `host`, `gpu:GPU-<uuid>` or `gpu:<index>`
-    #[arg(long, value_name = "DEVICE", default_value = "host")]
-    device: String,
-
-    /// Only these tensors, or part INDEX of OF along dimension DIM of them; repeatable
-    #[arg(long, value_name = "GLOB[:DIM:OF:INDEX]", value_parser = parse::selector)]
-    select: Vec<Selector>,
+    #[command(flatten)]
+    wanted: Wanted,
 
     /// Larger goes first
     #[arg(long, value_name = "NUMBER", default_value_t = 0, allow_negative_numbers = true)]
@@ -41,21 +37,17 @@ pub(super) struct Args {
     /// Do not wait for the end; implies --detach
     #[arg(long)]
     no_wait: bool,
-
-    /// Open the files here and send them, instead of their path
-    #[arg(long)]
-    open: bool,
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let mut client = context.connect()?;
     let mut jobs = Vec::with_capacity(args.sources.len());
     for text in &args.sources {
-        let opened = source::source(text, args.open)?;
+        let opened = args.wanted.source(text)?;
         let request = PrefetchRequest {
             source: opened.source.clone(),
-            device: args.device.clone(),
-            select: (!args.select.is_empty()).then(|| args.select.clone()),
+            device: args.wanted.device.clone(),
+            select: args.wanted.select(),
             targets: Vec::new(),
             priority: args.priority,
             deadline_ms: args.deadline,

@@ -5,9 +5,38 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use crate::api::methods::{FdSource, Source};
+use super::parse;
+use crate::api::methods::{FdSource, Selector, Source};
 use crate::api::scm::FDS_MAX;
 use crate::error::{Code, Error, Result};
+
+/// Where, which part, and how it is opened: what the subcommands that name an artifact have in common.
+#[derive(Debug, clap::Args)]
+pub(super) struct Wanted {
+    /// Where it is or will be resident: `host`, `gpu:GPU-<uuid>` or `gpu:<index>`
+    #[arg(long, value_name = "DEVICE", default_value = "host")]
+    pub(super) device: String,
+
+    /// Only these tensors, or part INDEX of OF along dimension DIM of them; repeatable
+    #[arg(long, value_name = "GLOB[:DIM:OF:INDEX]", value_parser = parse::selector)]
+    select: Vec<Selector>,
+
+    /// Open the files here and send them, instead of their path
+    #[arg(long)]
+    open: bool,
+}
+
+impl Wanted {
+    /// The selection; `None`: everything.
+    pub(super) fn select(&self) -> Option<Vec<Selector>> {
+        (!self.select.is_empty()).then(|| self.select.clone())
+    }
+
+    /// What SOURCE names.
+    pub(super) fn source(&self, text: &str) -> Result<Opened> {
+        source(text, self.open)
+    }
+}
 
 /// A source and the files that are sent along with it.
 #[derive(Debug)]
@@ -22,8 +51,8 @@ impl Opened {
     }
 }
 
-/// What SOURCE names; with `open`, the files are opened by this process and its rights decide.
-pub(super) fn source(text: &str, open: bool) -> Result<Opened> {
+/// With `open`, the files are opened by this process and its rights decide.
+fn source(text: &str, open: bool) -> Result<Opened> {
     if open {
         return open_files(Path::new(text));
     }

@@ -38,10 +38,11 @@ fn text(status: &StatusReply) -> String {
     for gpu in &status.gpus {
         let _ = writeln!(
             out,
-            "gpu       {} {}: {} resident, {} held by clients after eviction, budget {}{}",
+            "gpu       {} {}: {} resident, {} going to the host tier, {} held by clients after eviction, budget {}{}",
             gpu.device,
             gpu.name,
             bytes(gpu.resident_bytes),
+            bytes(gpu.demoting_bytes),
             bytes(gpu.held_bytes),
             bytes(gpu.budget_bytes),
             if gpu.lost { ", LOST" } else { "" },
@@ -92,8 +93,14 @@ fn direct_line(device: &str, direct: &DirectStatus) -> String {
 fn shard_line(shard: &ShardStatus) -> String {
     let cpus: Vec<String> = shard.cpus.iter().map(u32::to_string).collect();
     let pinned = if cpus.is_empty() { "not pinned".to_owned() } else { format!("CPUs {}", cpus.join(",")) };
+    let nodes: Vec<String> = shard.slot_nodes.keys().map(u32::to_string).collect();
+    let slots = if nodes.is_empty() {
+        String::new()
+    } else {
+        format!(", slots on NUMA node {}", nodes.join(" and "))
+    };
     format!(
-        "shard {:<3} {}: {}, {} × {}, {} in flight, {pinned}\n",
+        "shard {:<3} {}: {}, {} × {}, {} in flight, {pinned}{slots}\n",
         shard.shard,
         shard.reader,
         if shard.devices.is_empty() { "any drive".to_owned() } else { shard.devices.join(", ") },

@@ -6,7 +6,7 @@ use crate::config;
 use crate::error::Result;
 use crate::node::Node;
 use crate::sys::cuda::{self, Context, Device, Found};
-use crate::telemetry::gpu::{Verdict, Verdicts};
+use crate::telemetry::gpu::{Observation, Verdict, Verdicts};
 use crate::tier::gpu::Gpu;
 
 use super::start_failed;
@@ -85,6 +85,17 @@ pub(super) async fn act_on(mut verdicts: Verdicts, node: Rc<Node>) {
             Verdict::Healthy => {}
             Verdict::Contained => node.residency.doubt(index),
             Verdict::Lost => node.residency.lose(index),
+        }
+    }
+}
+
+/// Tells the monitor of devices that CUDA has found lost, so that the metrics say so too; as long as the daemon runs.
+pub(super) async fn report_losses(node: Rc<Node>) {
+    loop {
+        node.residency.lost_one().await;
+        for gpu in node.residency.gpus().iter().filter(|gpu| gpu.lost()) {
+            // It knows what it was told before.
+            node.monitor.observe(&gpu.context().device().uuid, Observation::Lost).await;
         }
     }
 }

@@ -148,7 +148,7 @@ async fn serve(
     let (gpus, no_gpus) = gpus::open(&config.gpu)?;
     let contexts: Vec<_> = gpus.iter().map(|gpu| Arc::clone(gpu.context())).collect();
     let residency = Residency::new(Rc::clone(&host), gpus);
-    let topology = Topology::read(std::path::Path::new("/"));
+    let topology = Topology::read(std::path::Path::new("/")).with_gpus(monitor.gpus());
     let plane = shards::start(&config.data_plane, reader, topology, &contexts)?;
     let shards = Rc::new(plane.shards);
     let headers = Rc::new(HeaderGate::default());
@@ -190,6 +190,7 @@ async fn serve(
     let keeping = tokio::task::spawn_local(Rc::clone(&host).keep(filled));
     let publishing = tokio::task::spawn_local(publish::run(Rc::clone(&node), collections));
     let judging = tokio::task::spawn_local(gpus::act_on(verdicts, Rc::clone(&node)));
+    let reporting = tokio::task::spawn_local(gpus::report_losses(Rc::clone(&node)));
     let server = Server::new(Rc::clone(&node));
     let accepting = tokio::task::spawn_local(Rc::clone(&server).accept(listener));
     let mut preloading = tokio::task::spawn_local(preload::run(Rc::clone(&node)));
@@ -227,13 +228,14 @@ async fn serve(
     server.close().await;
     keeping.abort();
     judging.abort();
+    reporting.abort();
     node.residency.clear();
     let freed = async {
         while node.residency.host().account().freeing > 0 {
             host.changed().await
         }
         for gpu in node.residency.gpus() {
-            while gpu.account().freeing > 0 {
+            while gpu.account().coming() > 0 {
                 gpu.changed().await
             }
         }

@@ -87,6 +87,7 @@ impl Publisher {
             metrics.resident.set(count("resident"));
             metrics.stale.set(count("stale"));
         }
+        node.metrics.demoted_bytes.inc_by(node.residency.take_demoted());
         for (id, eviction) in node.residency.take_evictions() {
             let place = node.device_ids().position(|known| known == id);
             let Some(metrics) = place.and_then(|place| self.devices.get(place)) else { continue };

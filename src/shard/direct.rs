@@ -17,7 +17,7 @@ use super::copy_error;
 use super::settle::lap;
 use crate::error::{Code, Error};
 use crate::plan::{BLOCK_ALIGN, DIRECT_BYTES_MAX, Direct, DirectRead, TENSOR_ALIGN};
-use crate::sys::cuda::{Checksums, Context, CudaError, DeviceMemory};
+use crate::sys::cuda::{Context, CudaError, DeviceMemory, Kernel};
 use crate::sys::cufile::{Handle, Registered};
 
 /// Reads under way at a time for one device: 32 MiB in flight.
@@ -209,15 +209,15 @@ fn run(letters: &Receiver<Assignment>, arrivals: &Arrivals) {
 
 /// What one thread needs to know what has arrived: the checksum kernel, and a place for its results.
 struct Arrivals {
-    checksums: Checksums,
+    kernel: Kernel,
     room: DeviceMemory,
 }
 
 impl Arrivals {
     fn new(context: &Arc<Context>) -> Result<Arrivals, CudaError> {
-        let checksums = Checksums::new(context)?;
+        let kernel = Kernel::load(context)?;
         let bytes = DeviceMemory::rounded(context, PIECES_MAX * 8)?.unwrap_or_default();
-        Ok(Arrivals { checksums, room: DeviceMemory::new(context, bytes)? })
+        Ok(Arrivals { kernel, room: DeviceMemory::new(context, bytes)? })
     }
 
     fn carry_out(&self, batch: &Batch, share: &DirectShare, index: usize, read: &DirectRead) {
@@ -233,7 +233,7 @@ impl Arrivals {
             Ok(()) => {
                 let pieces = share.plan.pieces_of(read);
                 let places = pieces.iter().map(|piece| (piece.place, piece.bytes));
-                let sums = self.checksums.pieces(target.memory(), places, &self.room);
+                let sums = self.kernel.pieces(target.memory(), places, &self.room);
                 batch.progress.spent(Phase::Checksum, lap(&mut clock));
                 match sums {
                     Ok(sums) => {

@@ -14,6 +14,7 @@ mod settle;
 mod tests;
 mod uplink;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -73,6 +74,8 @@ pub struct Options {
     pub slots: u32,
     /// CPUs to run on; empty: all.
     pub cpus: Vec<u32>,
+    /// NUMA node that its slots are wanted on.
+    pub numa_node: Option<u32>,
     /// Whether blocks that the page cache holds are taken from it.
     pub page_cache: bool,
     /// GPUs that it copies to.
@@ -103,6 +106,7 @@ pub struct Shard {
     mailbox: Option<Sender<Assignment>>,
     wake: Arc<OwnedFd>,
     stats: Arc<Stats>,
+    slot_nodes: BTreeMap<u32, u64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -130,12 +134,12 @@ impl Shard {
             };
             std::thread::Builder::new().name(format!("shard-{index}")).spawn(body).map_err(failed)?
         };
-        match started.recv() {
-            Ok(Ok(())) => {}
+        let slot_nodes = match started.recv() {
+            Ok(Ok(nodes)) => nodes,
             Ok(Err(error)) => return Err(failed(error)),
             Err(_) => return Err(failed(io::Error::other("it ended at once"))),
-        }
-        Ok(Shard { options, mailbox: Some(mailbox), wake, stats, thread: Some(thread) })
+        };
+        Ok(Shard { options, mailbox: Some(mailbox), wake, stats, slot_nodes, thread: Some(thread) })
     }
 
     /// Hands an assignment to the thread. Gives it back if the mailbox is full or the thread is gone.
@@ -149,6 +153,11 @@ impl Shard {
     /// What it was started with.
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// Bytes of its slots on each NUMA node, as observed at its start. Empty: the kernel does not say.
+    pub fn slot_nodes(&self) -> &BTreeMap<u32, u64> {
+        &self.slot_nodes
     }
 
     /// Its counters.
@@ -173,31 +182,30 @@ fn ring(wake: &OwnedFd) {
     let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
 }
 
-/// Prepares the thread, says whether that worked, and runs.
+/// Prepares the thread, says whether that worked and where its slots are, and runs.
 fn launch<R: Reader>(
     reader: io::Result<R>,
     options: &Options,
     letters: &Receiver<Assignment>,
     stats: Arc<Stats>,
-    ready: &Sender<io::Result<()>>,
+    ready: &Sender<io::Result<BTreeMap<u32, u64>>>,
 ) {
     pin(&options.cpus);
     let prepared = reader.and_then(|reader| {
-        let slots = staging::Pool::new(options.slots, options.block_bytes)?;
+        let slots = staging::Pool::new(options.slots, options.block_bytes, options.numa_node)?;
         let uplink = Uplink::new(&options.devices, &slots).map_err(io::Error::other)?;
         Ok((reader, slots, uplink))
     });
-    let outcome = match prepared {
+    match prepared {
         Ok((reader, slots, uplink)) => {
+            let nodes = slots.numa_nodes();
             let runner = run::Runner::new(reader, slots, uplink, options, stats);
             // The starter waits for this; it cannot be gone.
-            let _ = ready.send(Ok(()));
+            let _ = ready.send(Ok(nodes));
             runner.run(letters);
-            return;
         }
-        Err(error) => Err(error),
-    };
-    let _ = ready.send(outcome);
+        Err(error) => drop(ready.send(Err(error))),
+    }
 }
 
 /// Keeps the thread on its CPUs. A refusal costs speed only.

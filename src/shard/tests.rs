@@ -146,6 +146,7 @@ fn options(reader: ReaderKind) -> Options {
         depth: 4,
         slots: 2,
         cpus: Vec::new(),
+        numa_node: None,
         page_cache: true,
         devices: Vec::new(),
     }
@@ -159,7 +160,7 @@ fn run_on(reader: impl Reader, batch: Arc<Batch>) -> Arc<Batch> {
     let moves = std::iter::once(0..batch.plan.moves.len() as u32).collect();
     letters.send(Assignment { batch, moves, priority: 0, home }).unwrap();
     drop(letters);
-    let slots = staging::Pool::new(options.slots, options.block_bytes).unwrap();
+    let slots = staging::Pool::new(options.slots, options.block_bytes, options.numa_node).unwrap();
     run::Runner::new(reader, slots, None, &options, Arc::default()).run(&mailbox);
     back.try_recv().unwrap()
 }
@@ -354,10 +355,21 @@ fn a_broken_shard_fails_what_it_works_on_and_what_waits_invariant_6() {
         let moves = std::iter::once(0..batch.plan.moves.len() as u32).collect();
         letters.send(Assignment { batch, moves, priority: 0, home: home.clone() }).unwrap();
     }
-    let slots = staging::Pool::new(options.slots, options.block_bytes).unwrap();
+    let slots = staging::Pool::new(options.slots, options.block_bytes, options.numa_node).unwrap();
     run::Runner::new(Broken, slots, None, &options, Arc::default()).run(&mailbox);
     for _ in 0..100 {
         let batch = back.try_recv().expect("every batch comes home");
         assert_eq!(batch.progress.failure().map(|error| error.code), Some(Code::SourceFileIo));
     }
+}
+
+#[test]
+fn slots_lie_on_the_node_that_is_asked_for() {
+    let shard = Shard::start(Options { numa_node: Some(0), ..options(ReaderKind::Preadv2) }).unwrap();
+    if shard.slot_nodes().is_empty() {
+        eprintln!("skipped: the kernel does not say where memory is");
+        return;
+    }
+    let Options { slots, block_bytes, .. } = shard.options();
+    assert_eq!(shard.slot_nodes(), &BTreeMap::from([(0, u64::from(*slots) * block_bytes)]));
 }

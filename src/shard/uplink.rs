@@ -62,8 +62,15 @@ impl<P> Uplink<P> {
         };
         upload.load(slot);
         let copies = batch.plan.copies_of(step);
-        let begun = copies.iter().try_for_each(|copy| self.begin(&mut upload, regions, copy));
-        let begun = begun.and_then(|()| upload.started(&self.streams).map_err(copy_error));
+        let begun = if copies.iter().all(|copy| (copy.region as usize) < regions.len()) {
+            let copies = copies.iter().map(|copy| {
+                let region = &regions[copy.region as usize];
+                (region.device, &region.memory, rows(copy))
+            });
+            upload.start(&self.streams, copies).map_err(copy_error)
+        } else {
+            Err(Error::new(Code::Internal, "a copy has no place in its region"))
+        };
         match begun {
             Ok(()) => {
                 checked(upload.bytes());
@@ -80,19 +87,6 @@ impl<P> Uplink<P> {
                 }
             }
         }
-    }
-
-    fn begin(&self, upload: &mut Upload, regions: &[DeviceRegion], copy: &Copy) -> Result<(), Error> {
-        let outside = || Error::new(Code::Internal, "a copy has no place in its region");
-        let region = regions.get(copy.region as usize).ok_or_else(outside)?;
-        let rows = Rows {
-            span_offset: u64::from(copy.slot_offset),
-            target_offset: copy.region_offset,
-            bytes: copy.bytes,
-            stride: copy.stride,
-            count: copy.count,
-        };
-        upload.copy(&self.streams, region.device, &region.memory, rows).map_err(copy_error)
     }
 
     /// Waits for all copies and puts the slots out of use: the thread ends.
@@ -123,6 +117,16 @@ impl<P> Uplink<P> {
         let span = upload.unload(&self.streams);
         self.idle.push(upload);
         span.map(|span| (purpose, span, result))
+    }
+}
+
+fn rows(copy: &Copy) -> Rows {
+    Rows {
+        span_offset: u64::from(copy.slot_offset),
+        target_offset: copy.region_offset,
+        bytes: copy.bytes,
+        stride: copy.stride,
+        count: copy.count,
     }
 }
 

@@ -11,6 +11,7 @@ pub mod identity;
 pub mod lease;
 pub mod map;
 pub mod mem;
+pub mod numa;
 pub mod nvml;
 pub mod page_cache;
 pub mod pages;

@@ -65,6 +65,8 @@ pub struct Metrics {
     pub pool_bytes: Gauge,
     /// Bytes of staging memory given up because a shard could not drain.
     pub staging_leaked_bytes: Counter,
+    /// Bytes that GPUs have copied to the host tier.
+    pub demoted_bytes: Counter,
     /// Bytes that GPUs have copied from the host tier.
     pub promoted_bytes: Counter,
     /// Bytes that the direct path failed to bring, and that came by slots instead.
@@ -150,6 +152,7 @@ impl Metrics {
             shard_reads_in_flight: t.add("shard_reads_in_flight", "Reads submitted", Family::default()),
             shard_slots_bytes: t.bytes("shard_slots_in_use", "Staging memory in use", Family::default()),
             shard_seconds: t.seconds("shard", "Time of a shard thread, by phase", Family::default()),
+            demoted_bytes: t.bytes("demoted", "Copied from GPUs to the host tier", Counter::default()),
             promoted_bytes: t.bytes("promoted", "Copied from the host tier to GPUs", Counter::default()),
             direct_fallback_bytes: t.bytes(
                 "direct_fallback",

@@ -7,7 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::sync::Notify;
@@ -24,6 +24,8 @@ pub type Importer = Arc<OwnedFd>;
 pub struct Account {
     /// Regions, resident or being filled.
     pub regions: u64,
+    /// Regions that are being copied to the host tier, and come back to the driver then.
+    pub leaving: u64,
     /// On its way back to the driver.
     pub freeing: u64,
     /// Evicted, but still mapped by an importer.
@@ -33,7 +35,12 @@ pub struct Account {
 impl Account {
     /// Everything.
     pub fn total(&self) -> u64 {
-        self.regions + self.freeing + self.held
+        self.regions + self.coming() + self.held
+    }
+
+    /// What comes back to the driver by itself.
+    pub fn coming(&self) -> u64 {
+        self.leaving + self.freeing
     }
 }
 
@@ -57,8 +64,7 @@ pub struct Gpu {
     budget: Cell<u64>,
     lost: Cell<bool>,
     state: RefCell<State>,
-    /// The checksum kernel, once it was needed.
-    checksums: Arc<Mutex<Option<Checksums>>>,
+    checksums: Arc<Checksums>,
     /// Something was freed, or cannot be waited for any more.
     changed: Notify,
 }
@@ -73,11 +79,11 @@ impl Gpu {
     /// A tier of at most `budget` bytes.
     pub fn new(context: Arc<Context>, budget: u64) -> Rc<Gpu> {
         Rc::new(Gpu {
+            checksums: Arc::new(Checksums::new(&context)),
             context,
             budget: Cell::new(budget),
             lost: Cell::new(false),
             state: RefCell::default(),
-            checksums: Arc::default(),
             changed: Notify::new(),
         })
     }
@@ -92,9 +98,9 @@ impl Gpu {
         &self.context
     }
 
-    /// The checksum kernel of the device.
-    pub fn checksums(&self) -> Verifier {
-        Verifier { context: Arc::clone(&self.context), kernel: Arc::clone(&self.checksums) }
+    /// Checksums of the device's memory.
+    pub fn checksums(&self) -> &Arc<Checksums> {
+        &self.checksums
     }
 
     /// The budget, bytes.
@@ -123,10 +129,10 @@ impl Gpu {
         self.changed.notify_waiters();
     }
 
-    /// The device answers no more: nothing is loaded to it until the daemon is restarted.
-    pub fn lose(&self) {
-        self.lost.set(true);
+    /// The device answers no more: nothing is loaded to it until the daemon is restarted. `false`: this was known.
+    pub(super) fn lose(&self) -> bool {
         self.nudge();
+        !self.lost.replace(true)
     }
 
     /// Whether it was lost.
@@ -155,8 +161,8 @@ impl Gpu {
                 state.account.regions += bytes;
                 Ok(Grant { bytes })
             }
-            missing if missing <= state.account.freeing => Err(Shortage::Wait),
-            missing if missing <= state.account.freeing + state.account.held => Err(Shortage::Held),
+            missing if missing <= state.account.coming() => Err(Shortage::Wait),
+            missing if missing <= state.account.coming() + state.account.held => Err(Shortage::Held),
             _ => Err(Shortage::Evict),
         }
     }
@@ -178,7 +184,6 @@ impl Gpu {
     fn error_of(&self, error: CudaError, bytes: u64) -> Error {
         let name = self.name();
         if error.is_fatal() {
-            self.lose();
             return self.lost_error();
         }
         if error.is_out_of_memory() {
@@ -190,6 +195,20 @@ impl Gpu {
             return Error::new(Code::TierGpuOutOfMemory, message);
         }
         Error::new(Code::DeviceUnavailable, format!("{name} gives no memory: {error}"))
+    }
+
+    /// A region of `bytes` is being copied to the host tier: loads wait for its memory rather than evict more.
+    pub(super) fn leaves(&self, bytes: u64) {
+        let mut state = self.state.borrow_mut();
+        state.account.regions -= bytes;
+        state.account.leaving += bytes;
+    }
+
+    /// It has been copied, or cannot be: it is a region again, to be given back.
+    pub(super) fn has_left(&self, bytes: u64) {
+        let mut state = self.state.borrow_mut();
+        state.account.leaving -= bytes;
+        state.account.regions += bytes;
     }
 
     /// Gives back the memory of a region that was never shared.
@@ -233,32 +252,6 @@ impl Gpu {
         if let_go > 0 {
             self.nudge();
         }
-    }
-}
-
-/// Computes checksums of the memory of one device, on the device. Blocks.
-#[derive(Debug)]
-pub struct Verifier {
-    context: Arc<Context>,
-    kernel: Arc<Mutex<Option<Checksums>>>,
-}
-
-impl Verifier {
-    /// The checksum of each `chunk_bytes` of `memory` from `offset` on; the last chunk may be shorter.
-    pub fn chunks(
-        &self,
-        memory: &DeviceMemory,
-        offset: u64,
-        bytes: u64,
-        chunk_bytes: u64,
-    ) -> Result<Vec<u64>, CudaError> {
-        // A panic while it was locked cannot have left it half-made.
-        let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        let loaded = match kernel.take() {
-            Some(loaded) => loaded,
-            None => Checksums::new(&self.context)?,
-        };
-        kernel.insert(loaded).chunks(memory, offset, bytes, chunk_bytes)
     }
 }
 

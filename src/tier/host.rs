@@ -342,8 +342,33 @@ impl Host {
         self.free_later(free);
     }
 
+    /// Seals the parts of a region; or gives all of them back.
+    pub fn seal(self: &Rc<Self>, memories: Vec<Memory>) -> Result<Vec<Sealed>> {
+        let mut sealed = Vec::with_capacity(memories.len());
+        let mut retired = Vec::with_capacity(memories.len());
+        let mut memories = memories.into_iter();
+        while let Some(memory) = memories.next() {
+            match memory.seal() {
+                Ok((part, mapping)) => {
+                    sealed.push(part);
+                    retired.push(mapping);
+                }
+                Err(failed) => {
+                    let (memory, error) = *failed;
+                    drop(retired);
+                    self.release(sealed);
+                    self.discard(std::iter::once(memory).chain(memories).collect());
+                    let message = format!("a region cannot be sealed: {error}");
+                    return Err(Error::new(Code::TierHostOutOfMemory, message));
+                }
+            }
+        }
+        self.unmap_later(retired);
+        Ok(sealed)
+    }
+
     /// Drops the daemon's own mapping of shared memory. It is not counted: the memory is the region's.
-    pub fn unmap_later(&self, retired: Vec<Retired>) {
+    fn unmap_later(&self, retired: Vec<Retired>) {
         tokio::task::spawn_blocking(move || drop(retired));
     }
 

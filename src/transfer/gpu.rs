@@ -53,10 +53,11 @@ impl Jobs {
         taken: &mut Vec<Taken>,
     ) -> Result<Vec<Content>> {
         self.take(job, &prepared, targets, taken).await?;
-        if let Some((_hold, content)) = self.on_host(&prepared, tenant)
-            && let Some(checks) = self.promote(job, &prepared, &content, taken).await?
+        if let Some(sources) = self.on_host(&prepared, targets, tenant)
+            && let Some(checks) = self.promote(job, &prepared, &sources, taken).await?
         {
-            return Ok(contents(prepared, content.digest.clone(), checks, taken));
+            let digest = sources.first().and_then(|source| source.content.digest.clone());
+            return Ok(contents(prepared, digest, checks, taken));
         }
         let (prepared, landed) = self.fill(job, prepared, priority, taken).await?;
         let files = Arc::clone(&prepared.files);

@@ -10,7 +10,7 @@ use super::{Job, Jobs};
 use crate::error::{Code, Error, Result};
 use crate::plan::{self, Plan, Target};
 use crate::shard::{Batch, Part, Progress, Regions};
-use crate::sys::mem::{HUGE_PAGE_BYTES, Memory, Sealed};
+use crate::sys::mem::{HUGE_PAGE_BYTES, Memory};
 use crate::tier::DeviceId;
 use crate::tier::host::Parts;
 use crate::tier::residency::{Content, Grant, Region};
@@ -59,7 +59,7 @@ impl Jobs {
             host.discard(memories);
             return Err(error);
         }
-        let region = Region::Host(self.seal(memories)?);
+        let region = Region::Host(host.seal(memories)?);
         let Prepared { description, layouts, .. } = prepared;
         let layout = layouts.into_iter().next().ok_or_else(too_large)?;
         let (files, tensors) = (layout.files, layout.tensors);
@@ -76,32 +76,6 @@ impl Jobs {
             Ok((prepared, plan))
         })
         .await
-    }
-
-    /// Seals the parts of a region; or gives all of them back.
-    fn seal(&self, memories: Vec<Memory>) -> Result<Vec<Sealed>> {
-        let host = self.residency.host();
-        let mut sealed = Vec::with_capacity(memories.len());
-        let mut retired = Vec::with_capacity(memories.len());
-        let mut memories = memories.into_iter();
-        while let Some(memory) = memories.next() {
-            match memory.seal() {
-                Ok((part, mapping)) => {
-                    sealed.push(part);
-                    retired.push(mapping);
-                }
-                Err(failed) => {
-                    let (memory, error) = *failed;
-                    drop(retired);
-                    host.release(sealed);
-                    host.discard(std::iter::once(memory).chain(memories).collect());
-                    let message = format!("a region cannot be sealed: {error}");
-                    return Err(Error::new(Code::TierHostOutOfMemory, message));
-                }
-            }
-        }
-        host.unmap_later(retired);
-        Ok(sealed)
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Job {
     /// Bytes to move, once planned.
     pub(super) total: Cell<u64>,
     pub(super) began: Cell<Option<Instant>>,
+    /// Bytes that went from its devices to the host tier to make room for it.
+    pub(super) demoted: Rc<Cell<u64>>,
     outcome: RefCell<Option<Outcome>>,
     state: watch::Sender<JobState>,
     interests: RefCell<Vec<Interested>>,
@@ -91,6 +93,7 @@ impl Job {
             progress: Arc::default(),
             total: Cell::new(0),
             began: Cell::new(None),
+            demoted: Rc::default(),
             outcome: RefCell::default(),
             state: watch::Sender::new(JobState::Queued),
             interests: RefCell::default(),
@@ -209,6 +212,7 @@ impl Job {
             rate,
             source: "file".to_owned(),
             path: observed.filter(|(_, bytes)| *bytes > 0).collect::<BTreeMap<_, _>>(),
+            demoted_bytes: self.demoted.get(),
             eta_ms: eta,
             bottleneck: self.bottleneck().map(str::to_owned),
             elapsed_ms: self.elapsed().as_millis() as u64,

@@ -96,7 +96,7 @@ impl Jobs {
     /// Sets memory aside, unless the job is to stop before there is any.
     pub(super) async fn reserve(&self, job: &Job, device: DeviceId, bytes: u64) -> Result<Grant> {
         tokio::select! {
-            grant = self.residency.reserve(device, bytes) => grant,
+            grant = self.residency.reserve(device, bytes, &job.demoted) => grant,
             reason = stop_reason(job) => Err(reason),
         }
     }

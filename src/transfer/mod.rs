@@ -32,7 +32,7 @@ use crate::shard::{Landing, Shard};
 use crate::source::file::OpenFile;
 use crate::telemetry::metrics::Metrics;
 use crate::tier::DeviceId;
-use crate::tier::residency::{EntryId, Hold, Key, Residency, Viewer};
+use crate::tier::residency::{EntryId, Form, Hold, Key, Residency, Viewer};
 
 /// What to call an artifact on a device, for people.
 #[derive(Debug, Clone)]
@@ -82,6 +82,7 @@ pub fn key(files: &[OpenFile], device: DeviceId, select: Option<&[Selector]>) ->
         device,
         files: files.iter().map(|file| (file.name.clone(), file.stamp.clone())).collect(),
         select: select.map(<[Selector]>::to_vec),
+        form: Form::of(device),
     }
 }
 

@@ -1,4 +1,4 @@
-//! From the host tier to GPUs: what is resident there whole is copied by the devices themselves, and not read again.
+//! From the host tier to GPUs: what is resident there is copied by the devices themselves, and not read again.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -8,7 +8,8 @@ use tokio::task::{JoinSet, spawn_blocking};
 
 use super::gpu::Taken;
 use super::load::{Prepared, blocking, stop_reason, too_large};
-use super::{Job, Jobs, key};
+use super::{Job, Jobs, Target, key};
+use crate::api::methods::Selector;
 use crate::catalog::select::Runs;
 use crate::checksum::{self, CHUNK_BYTES};
 use crate::error::{Code, Error, Result};
@@ -16,20 +17,38 @@ use crate::plan::Layout;
 use crate::shard::{Path, Progress, copy_error};
 use crate::sys::cuda::{Context, DeviceMemory, PinnedMap, Promotion, Rows};
 use crate::tier::DeviceId;
-use crate::tier::residency::{Content, Hold, Region};
+use crate::tier::residency::{Content, Form, Hold, Key, Region};
 
 /// Bytes of one copy at most: a job that is cancelled waits for no more than a few of them.
 const COPY_BYTES_MAX: u64 = 64 << 20;
 /// Copies that are under way before their end is waited for.
 const COPIES_MAX: usize = 4;
 
+/// An artifact on the host tier; held, so that it stays.
+pub(super) struct Source {
+    _hold: Hold,
+    pub(super) content: Arc<Content>,
+    form: Form,
+}
+
 impl Jobs {
-    /// The artifact on the host tier, whole, if it is resident there; held, so that it stays.
-    pub(super) fn on_host(&self, prepared: &Prepared, tenant: u32) -> Option<(Hold, Arc<Content>)> {
-        let key = key(&prepared.files, DeviceId::Host, None);
-        let hold = self.residency.hold(self.residency.known(&key, tenant)?).ok()?;
-        let content = hold.content().ok()?;
-        Some((hold, content))
+    /// What each target can be copied from: the artifact, whole, or what has left a GPU and is wanted on one again.
+    /// `None`: the host tier does not have all of it.
+    pub(super) fn on_host(
+        &self,
+        prepared: &Prepared,
+        targets: &[Target],
+        tenant: u32,
+    ) -> Option<Vec<Source>> {
+        let source = |select: Option<&[Selector]>, form| {
+            let key = Key { form, ..key(&prepared.files, DeviceId::Host, select) };
+            let hold = self.residency.hold(self.residency.known(&key, tenant)?).ok()?;
+            Some(Source { content: hold.content().ok()?, _hold: hold, form })
+        };
+        let sources = targets.iter().map(|target| {
+            source(None, Form::Files).or_else(|| source(target.select.as_deref(), Form::Packed))
+        });
+        sources.collect()
     }
 
     /// Fills the regions in `taken` from the host tier. `None`: its memory cannot be registered with the driver.
@@ -39,35 +58,48 @@ impl Jobs {
         &self,
         job: &Job,
         prepared: &Prepared,
-        content: &Arc<Content>,
+        sources: &[Source],
         taken: &[Taken],
     ) -> Result<Option<Vec<Box<[u64]>>>> {
-        let Some(context) = taken.first().map(|taken| Arc::clone(taken.memory.context())) else {
-            return Ok(None);
-        };
-        let map = match self.pin(&context, content).await? {
-            Ok(map) => map,
-            Err(why) => {
-                tracing::warn!(
-                    job = job.id,
-                    why,
-                    "the host tier cannot be registered: the files are read again"
-                );
-                return Ok(None);
-            }
-        };
+        let mut maps: Vec<Arc<PinnedMap>> = Vec::with_capacity(sources.len());
+        for (place, (source, taken)) in sources.iter().zip(taken).enumerate() {
+            let same = |other: &Source| Arc::ptr_eq(&other.content, &source.content);
+            let map = match sources[..place].iter().position(same) {
+                Some(known) => Arc::clone(&maps[known]),
+                None => match self.pin(taken.memory.context(), &source.content).await? {
+                    Ok(map) => map,
+                    Err(why) => {
+                        tracing::warn!(
+                            job = job.id,
+                            why,
+                            "the host tier cannot be registered: the files are read again"
+                        );
+                        return Ok(None);
+                    }
+                },
+            };
+            maps.push(map);
+        }
         let layouts = &prepared.layouts;
-        job.begin(layouts.iter().map(Layout::wanted_bytes).sum());
+        let rows = layouts.iter().zip(sources).map(|(layout, source)| match source.form {
+            Form::Files => rows(layout, &source.content).ok_or_else(too_large),
+            Form::Packed => Ok(as_it_was(layout)),
+        });
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        job.begin(rows.iter().flatten().map(|rows| rows.bytes * rows.count).sum());
         let mut copying = JoinSet::new();
         let mut checking = Vec::with_capacity(taken.len());
-        for (layout, taken) in layouts.iter().zip(taken) {
-            let rows = rows(layout, content).ok_or_else(too_large)?;
-            let (from, to, progress) =
-                (Arc::clone(&map), Arc::clone(&taken.memory), Arc::clone(&job.progress));
+        for (place, (rows, map)) in rows.into_iter().zip(maps).enumerate() {
+            let (from, to) = (Arc::clone(&map), Arc::clone(&taken[place].memory));
+            let progress = Arc::clone(&job.progress);
             copying.spawn_blocking(move || copy(&from, &to, &rows, &progress));
-            let (map, content, layout) = (Arc::clone(&map), Arc::clone(content), layout.clone());
-            let sizes = prepared.sizes();
-            checking.push(spawn_blocking(move || checks(&layout, &sizes, &content, map.as_slice())));
+            let (content, form) = (Arc::clone(&sources[place].content), sources[place].form);
+            let (layout, sizes) = (layouts[place].clone(), prepared.sizes());
+            checking.push(spawn_blocking(move || match form {
+                Form::Files => checks(&layout, &sizes, &content, map.as_slice()),
+                // They were compared when it came down, and nobody could write to it since.
+                Form::Packed => content.checks.clone(),
+            }));
         }
         // All of them end before any memory goes, whatever becomes of the first (invariant 2).
         let (mut outcome, mut reason) = (Ok(()), None);
@@ -123,6 +155,13 @@ impl Jobs {
         })
         .await
     }
+}
+
+/// All of what has left a GPU goes back as it lay there.
+fn as_it_was(layout: &Layout) -> Vec<Rows> {
+    let bytes = layout.bytes;
+    let all = Rows { span_offset: 0, target_offset: 0, bytes, stride: bytes, count: 1 };
+    Vec::from_iter((bytes > 0).then_some(all))
 }
 
 /// What of the region on the host tier goes where.

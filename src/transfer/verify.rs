@@ -10,16 +10,7 @@ use crate::error::{Code, Error, Result};
 use crate::shard::copy_error;
 use crate::sys::cuda::DeviceMemory;
 use crate::sys::map::ReadMap;
-use crate::tier::gpu::Gpu;
-use crate::tier::residency::{Content, Hold, Region};
-
-/// A range of a region, and the checksum that it must have.
-#[derive(Debug, Clone, Copy)]
-struct Expected {
-    offset: u64,
-    bytes: u64,
-    sum: u64,
-}
+use crate::tier::residency::{Content, Hold, Piece, Region};
 
 impl Jobs {
     /// Compares what is resident with its checksums. What differs is not attached any more: it goes with its last lease.
@@ -43,22 +34,22 @@ impl Jobs {
     }
 
     async fn verify_gpu(&self, content: &Arc<Content>, memory: &Arc<DeviceMemory>) -> Result<()> {
-        let gpu = self.residency.gpus().iter().find(|gpu| Arc::ptr_eq(gpu.context(), memory.context()));
-        let gpu = gpu.ok_or_else(|| Error::new(Code::Internal, "the memory of a GPU that is not in use"))?;
-        let checksums = Gpu::checksums(gpu);
+        let gpus = self.residency.gpus();
+        let index = gpus.iter().position(|gpu| Arc::ptr_eq(gpu.context(), memory.context()));
+        let index =
+            index.ok_or_else(|| Error::new(Code::Internal, "the memory of a GPU that is not in use"))?;
+        let checksums = Arc::clone(gpus[index].checksums());
         let (content, memory) = (Arc::clone(content), Arc::clone(memory));
-        blocking(move || {
-            let expected = tensors(&content);
-            let whole = whole(&expected, memory.bytes());
+        let result = blocking(move || {
             let of = |offset, bytes| {
                 let sums = checksums.chunks(&memory, offset, bytes, CHUNK_BYTES).map_err(copy_error)?;
                 Ok::<_, Error>(put_together(&sums, bytes))
             };
             // All of the region at once, which keeps the device busy; piece by piece only to name what is wrong.
-            if of(0, memory.bytes())? == whole {
+            if of(0, memory.bytes())? == content.packed_sum() {
                 return Ok(());
             }
-            for piece in expected {
+            for piece in content.packed() {
                 let found = of(piece.offset, piece.bytes)?;
                 if found != piece.sum {
                     return Err(mismatch(&content, piece, found));
@@ -68,8 +59,14 @@ impl Jobs {
                 Code::CatalogChecksumMismatch,
                 "bytes between the tensors of a region were changed",
             ))
-        })
-        .await
+        });
+        let result = result.await;
+        if let Err(error) = &result
+            && error.code == Code::DeviceLost
+        {
+            self.residency.lose(index);
+        }
+        result
     }
 }
 
@@ -83,35 +80,11 @@ fn put_together(chunks: &[u64], bytes: u64) -> u64 {
     })
 }
 
-/// What lies where in a region on a GPU: its tensors, then what is resident as whole files.
-fn tensors(content: &Content) -> Vec<Expected> {
-    let tensors = content.tensors.iter().map(|tensor| (tensor.offset, tensor.nbytes));
-    let files = content.files.iter().zip(&content.description.files);
-    let files = files.filter_map(|(place, file)| Some(((*place)?, file.bytes)));
-    let places = tensors.chain(files).zip(content.checks.iter().copied());
-    places.map(|((offset, bytes), sum)| Expected { offset, bytes, sum }).collect()
-}
-
-/// The checksum of all of a region on a GPU: what lies between the pieces is zeros.
-fn whole(pieces: &[Expected], bytes: u64) -> u64 {
-    let mut pieces: Vec<Expected> = pieces.iter().filter(|piece| piece.bytes > 0).copied().collect();
-    pieces.sort_by_key(|piece| piece.offset);
-    let zeros = |count: u64| checksum::chunk(&vec![0; usize::try_from(count).unwrap_or_default()]);
-    let (mut at, mut sum) = (0, checksum::EMPTY);
-    for piece in pieces {
-        let gap = piece.offset - at;
-        sum = checksum::combine(sum, zeros(gap), gap);
-        sum = checksum::combine(sum, piece.sum, piece.bytes);
-        at = piece.offset + piece.bytes;
-    }
-    checksum::combine(sum, zeros(bytes - at), bytes - at)
-}
-
 /// On the host tier the CPU reads the region as a client does.
 fn verify_host(content: &Content) -> Result<()> {
     let map = map(content)?;
     for ((offset, bytes), sum) in content.chunks.iter().copied().zip(content.checks.iter().copied()) {
-        let piece = Expected { offset, bytes: bytes.into(), sum };
+        let piece = Piece { offset, bytes: bytes.into(), sum };
         let range = offset as usize..(offset + piece.bytes) as usize;
         let found = map.as_slice().get(range).map(checksum::chunk);
         if bytes > 0 && found != Some(sum) {
@@ -132,7 +105,7 @@ fn map(content: &Content) -> Result<ReadMap> {
     })
 }
 
-fn mismatch(content: &Content, piece: Expected, found: u64) -> Error {
+fn mismatch(content: &Content, piece: Piece, found: u64) -> Error {
     let inside =
         |offset: u64, nbytes: u64| offset < piece.offset + piece.bytes && piece.offset < offset + nbytes;
     let tensor = content.tensors.iter().find(|tensor| inside(tensor.offset, tensor.nbytes));

@@ -117,6 +117,7 @@ pub(crate) fn job(number: u64, state: JobState) -> JobInfo {
         rate: 1e9,
         source: "file".to_owned(),
         path: BTreeMap::new(),
+        demoted_bytes: 0,
         eta_ms: Some(500),
         bottleneck: Some("storage".to_owned()),
         elapsed_ms: 500,

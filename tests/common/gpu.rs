@@ -4,7 +4,12 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use lodestream::api::methods::AttachRequest;
+use lodestream::client::{Attached, Client};
 use serde_json::{Value, json};
+
+use super::daemon::{Daemon, Options};
+use super::model::Model;
 
 /// Set in the process that has the simulated libcuda: where its machine is.
 const INSIDE: &str = "CUDA_SIM_DIR";
@@ -16,16 +21,45 @@ const XFS: u64 = 0x5846_5342;
 /// Environment variables of one run.
 pub type Variables<'a> = &'a [(&'a str, &'a str)];
 
-/// Whether this process has simulated GPUs. If not, the test `name` is run again in one that has, and must pass there.
+/// Has the rest of a test run on simulated GPUs of so many MiB each, in a process of its own.
+#[allow(unused_macros, reason = "each test binary uses its part of the harness")]
+macro_rules! on_gpus {
+    ($($mib:literal),+) => {
+        fn here() {}
+        let devices = serde_json::json!([$($crate::common::gpu::device($mib)),+]);
+        if !$crate::common::gpu::simulated(std::any::type_name_of_val(&here), &devices) {
+            return;
+        }
+    };
+}
+#[allow(unused_imports, reason = "each test binary uses its part of the harness")]
+pub(crate) use on_gpus;
+
+/// The same on these devices, with a simulated cuFile on a node that is able to this much (`CUFILE_SIM_MODE`).
+#[allow(unused_macros, reason = "each test binary uses its part of the harness")]
+macro_rules! on_gpus_with_cufile {
+    ($devices:expr, $mode:literal) => {
+        fn here() {}
+        let more = [("CUFILE_SIM_MODE", $mode)];
+        if !$crate::common::gpu::simulated_with_cufile(std::any::type_name_of_val(&here), &$devices, &more) {
+            return;
+        }
+    };
+}
+#[allow(unused_imports, reason = "each test binary uses its part of the harness")]
+pub(crate) use on_gpus_with_cufile;
+
+/// Whether this process has simulated GPUs. If not, the test around `here` is run again in one that has, and must pass
+/// there.
 #[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
-pub fn simulated(name: &str, devices: &Value, more: Variables<'_>) -> bool {
-    std::env::var(INSIDE).is_ok() || run_on(&Machine::new(), name, devices, more)
+pub fn simulated(here: &str, devices: &Value) -> bool {
+    std::env::var(INSIDE).is_ok() || run_on(&Machine::new(), here, devices, &[])
 }
 
 /// The same, with a simulated cuFile (`ffi/cuda-sim/cufile`). Does nothing where the files of tests are on a file system that
 /// it cannot read directly, as the real one cannot.
 #[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
-pub fn simulated_with_cufile(name: &str, devices: &Value, more: Variables<'_>) -> bool {
+pub fn simulated_with_cufile(here: &str, devices: &Value, more: Variables<'_>) -> bool {
     if std::env::var(INSIDE).is_ok() {
         return true;
     }
@@ -36,11 +70,12 @@ pub fn simulated_with_cufile(name: &str, devices: &Value, more: Variables<'_>) -
     }
     let machine = Machine::new();
     symlink(library("libcufile_sim.so"), machine.libraries().join("libcufile.so.0")).unwrap();
-    run_on(&machine, name, devices, more)
+    run_on(&machine, here, devices, more)
 }
 
 /// Runs a test again on a machine. → `false`: it has been run.
-fn run_on(machine: &Machine, name: &str, devices: &Value, more: Variables<'_>) -> bool {
+fn run_on(machine: &Machine, here: &str, devices: &Value, more: Variables<'_>) -> bool {
+    let name = here.rsplit("::").nth(1).unwrap();
     let status = Command::new(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
         .env("LD_LIBRARY_PATH", machine.libraries())
@@ -130,4 +165,30 @@ pub fn corrupt(offset: u64) {
     let mut byte = [0];
     file.read_exact_at(&mut byte, offset).unwrap();
     file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+}
+
+/// Attaches as a client with a connection of its own.
+pub fn attach(daemon: &Daemon, request: &Value) -> (Client, lodestream::Result<Attached>) {
+    let mut client = Client::connect(&daemon.socket).unwrap();
+    let request: AttachRequest = serde_json::from_value(request.clone()).unwrap();
+    let attached = client.attach(&request, &[], &mut |_| ());
+    (client, attached)
+}
+
+/// Every tensor holds what the model's seed says.
+pub fn verify(attached: &Attached, model: &Model) {
+    assert_eq!(attached.tensors().count(), model.tensors.len());
+    for tensor in &model.tensors {
+        let found = attached.tensor(&tensor.name).unwrap();
+        assert!(found.bytes().is_none(), "the CPU cannot read the memory of a GPU");
+        if tensor.bytes > 0 {
+            assert_eq!(found.device_address().unwrap() % 512, 0, "{} is aligned", tensor.name);
+        }
+        assert!(found.to_vec().unwrap() == tensor.contents(model.seed), "{}", tensor.name);
+    }
+}
+
+/// A daemon with this budget on each GPU.
+pub fn gpu_daemon(root: &Path, budget: &str) -> Daemon {
+    Options::new(root).budget("512MiB").flags(&["--gpu-budget", budget]).start()
 }

@@ -391,6 +391,10 @@ pub struct ArtifactInfo {
     pub pinned: bool,
     /// Kind of pages: `hugetlb`, `thp`, `4k`, or `mixed`.
     pub pages: String,
+    /// Laid out for GPUs. On the host tier: it had to leave a GPU, waits there to be copied back to one, and is not attached
+    /// by itself.
+    #[serde(default)]
+    pub packed: bool,
     /// Milliseconds since it was last attached.
     pub idle_ms: u64,
 }
@@ -518,6 +522,9 @@ pub struct JobInfo {
     /// Bytes by path, as observed: `direct` (read in place past the page cache), `staged` (by way of a slot),
     /// `cached` (copied from the page cache), `buffered` (through the page cache, for want of O_DIRECT).
     pub path: BTreeMap<String, u64>,
+    /// Bytes that were copied from its GPUs to the host tier to make room for it.
+    #[serde(default)]
+    pub demoted_bytes: u64,
     /// Estimated milliseconds to the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eta_ms: Option<u64>,

@@ -1,5 +1,7 @@
 //! What the node says about itself.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +75,9 @@ pub struct GpuStatus {
     pub budget_bytes: u64,
     /// Bytes in regions that are resident or loading.
     pub resident_bytes: u64,
+    /// Bytes of evicted regions that are being copied to the host tier.
+    #[serde(default)]
+    pub demoting_bytes: u64,
     /// Bytes of evicted regions that some process may still have mapped.
     pub held_bytes: u64,
     /// The driver's calls fail: nothing is loaded there until the daemon is restarted.
@@ -126,6 +131,9 @@ pub struct ShardStatus {
     pub devices: Vec<String>,
     /// CPUs it may run on, if it is pinned.
     pub cpus: Vec<u32>,
+    /// Bytes of its slots on each NUMA node, as observed. Empty: the kernel does not say.
+    #[serde(default)]
+    pub slot_nodes: BTreeMap<u32, u64>,
     /// Bytes of one read.
     pub block_bytes: u64,
     /// Reads in flight at most.

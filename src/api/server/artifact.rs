@@ -17,7 +17,7 @@ use crate::error::{Code, Error, Result};
 use crate::json::shown;
 use crate::source::file::{self, OpenFile};
 use crate::tier::DeviceId;
-use crate::tier::residency::{Content, Entry, EntryId, Hold, Region, Residency, State};
+use crate::tier::residency::{Content, Entry, EntryId, Form, Hold, Key, Region, Residency, State};
 use crate::transfer::{self, Claim, Name, Target, Wanted};
 
 impl Connection {
@@ -203,7 +203,9 @@ impl Connection {
                 match self.open(source, fds).await {
                     Ok((files, _)) => {
                         let key = transfer::key(&files, device, select);
-                        let entry = residency.known(&key, self.tenant.uid);
+                        let known = |key: &Key| residency.known(key, self.tenant.uid);
+                        // On the host tier there may be what has left a GPU instead.
+                        let entry = known(&key).or_else(|| known(&Key { form: Form::Packed, ..key.clone() }));
                         entry.or_else(old).ok_or_else(crate::tier::residency::not_resident)
                     }
                     Err(error) => old().ok_or(error),
@@ -237,6 +239,7 @@ pub(super) fn info(residency: &Residency, entry: &Entry) -> ArtifactInfo {
         leases: entry.leases,
         pinned: !entry.pins.is_empty(),
         pages: content.map_or("", |content| content.pages()).to_owned(),
+        packed: entry.key.form == Form::Packed,
         idle_ms: entry.used.elapsed().as_millis() as u64,
     }
 }

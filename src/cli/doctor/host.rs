@@ -9,6 +9,8 @@ use rustix::thread::CapabilitySet;
 
 use super::super::output::bytes;
 use super::Check;
+use crate::staging::Pool;
+use crate::sys::mem::HUGE_PAGE_BYTES;
 use crate::sys::pages::{self, PageKind};
 use crate::sys::{page_cache, uring};
 use crate::topology::Topology;
@@ -130,8 +132,8 @@ fn numa(topology: &Topology) -> Check {
         .collect();
     let found = match nodes {
         0 => "the kernel shows no node".to_owned(),
-        1 => "1 node".to_owned(),
-        _ => format!("{nodes} nodes"),
+        1 => format!("1 node{}", placed(topology)),
+        _ => format!("{nodes} nodes{}", placed(topology)),
     };
     if nodes > 1 && !unknown.is_empty() {
         return Check::warn(
@@ -141,6 +143,24 @@ fn numa(topology: &Topology) -> Check {
         );
     }
     Check::ok("numa", found)
+}
+
+/// Where slots come to lie that are wanted on each node with memory.
+fn placed(topology: &Topology) -> String {
+    let nodes = topology.numa_nodes.iter().filter(|node| node.memory_bytes.is_some_and(|bytes| bytes > 0));
+    let found = nodes.map(|node| {
+        let pool = Pool::new(1, HUGE_PAGE_BYTES, Some(node.node)).map(|pool| pool.numa_nodes());
+        let on: Vec<u32> = pool.map(|nodes| nodes.into_keys().collect()).unwrap_or_default();
+        match on[..] {
+            [] => format!("; of slots for node {} it is not known where they are", node.node),
+            _ => format!(
+                "; slots for node {} are on {}",
+                node.node,
+                on.iter().map(u32::to_string).collect::<Vec<_>>().join(" and ")
+            ),
+        }
+    });
+    found.collect()
 }
 
 #[cfg(test)]

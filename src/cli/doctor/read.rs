@@ -121,7 +121,7 @@ pub(super) fn largest(path: &Path) -> std::io::Result<PathBuf> {
 fn trial(file: &Arc<OwnedFd>, file_bytes: u64, block_bytes: u64, depth: u32) -> std::io::Result<f64> {
     let wake = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let mut ring = Ring::new(depth, wake)?;
-    let mut slots = Pool::new(depth, block_bytes)?;
+    let mut slots = Pool::new(depth, block_bytes, None)?;
     ring.register_memory(slots.memory());
     let blocks = (file_bytes / block_bytes).max(1);
     let bytes = u32::try_from(block_bytes).map_err(std::io::Error::other)?;

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUfunction, CUmodule};
 
@@ -16,38 +16,20 @@ const PTX: &str = concat!(include_str!("crc64.ptx"), "\0");
 /// Threads of a block: part of the kernel's contract (crc64.cu).
 const THREADS: u32 = 128;
 
-/// The kernel, loaded into the context of one device.
+/// Checksums of the memory of one device, computed by the device. The kernel is loaded when it is first needed.
+#[derive(Debug)]
 pub struct Checksums {
-    stream: Stream,
-    module: CUmodule,
-    function: CUfunction,
-}
-
-// SAFETY: handles that the driver lets any thread use; all calls are made with the context current.
-unsafe impl Send for Checksums {}
-
-impl fmt::Debug for Checksums {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Checksums").field(&self.stream).finish()
-    }
+    context: Arc<Context>,
+    kernel: Mutex<Option<Kernel>>,
 }
 
 impl Checksums {
-    /// Loads the kernel: the driver translates it for the device.
-    pub fn new(context: &Arc<Context>) -> Result<Checksums, CudaError> {
-        let stream = Stream::new(context)?;
-        let mut module = std::ptr::null_mut();
-        // SAFETY: `PTX` is a text with a zero at its end; `module` lives through the call.
-        check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut module, PTX.as_ptr().cast()) })?;
-        let mut loaded = Checksums { stream, module, function: std::ptr::null_mut() };
-        let name = c"lodestream_crc64_chunks";
-        // SAFETY: the module was loaded above; both others live through the call.
-        let result = unsafe { sys::cuModuleGetFunction(&mut loaded.function, module, name.as_ptr()) };
-        check("cuModuleGetFunction", result)?;
-        Ok(loaded)
+    /// Nothing is loaded yet.
+    pub fn new(context: &Arc<Context>) -> Checksums {
+        Checksums { context: Arc::clone(context), kernel: Mutex::default() }
     }
 
-    /// The checksum of each `chunk_bytes` of `memory` from `offset` on; the last chunk may be shorter.
+    /// The checksum of each `chunk_bytes` of `memory` from `offset` on; the last chunk may be shorter. Blocks.
     pub fn chunks(
         &self,
         memory: &DeviceMemory,
@@ -55,13 +37,60 @@ impl Checksums {
         bytes: u64,
         chunk_bytes: u64,
     ) -> Result<Vec<u64>, CudaError> {
-        const CALL: &str = "cuLaunchKernel";
+        // A panic while it was locked cannot have left it half-made.
+        let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = match kernel.take() {
+            Some(loaded) => loaded,
+            None => Kernel::load(&self.context)?,
+        };
+        kernel.insert(loaded).chunks(memory, offset, bytes, chunk_bytes)
+    }
+}
+
+/// The kernel, loaded into the context of one device. Waits for the device: for one thread at a time.
+pub struct Kernel {
+    stream: Stream,
+    module: CUmodule,
+    function: CUfunction,
+}
+
+// SAFETY: handles that the driver lets any thread use; all calls are made with the context current.
+unsafe impl Send for Kernel {}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Kernel").field(&self.stream).finish()
+    }
+}
+
+impl Kernel {
+    /// The driver translates it for the device.
+    pub fn load(context: &Arc<Context>) -> Result<Kernel, CudaError> {
+        let stream = Stream::new(context)?;
+        let mut module = std::ptr::null_mut();
+        // SAFETY: `PTX` is a text with a zero at its end; `module` lives through the call.
+        check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut module, PTX.as_ptr().cast()) })?;
+        let mut loaded = Kernel { stream, module, function: std::ptr::null_mut() };
+        let name = c"lodestream_crc64_chunks";
+        // SAFETY: the module was loaded above; both others live through the call.
+        let result = unsafe { sys::cuModuleGetFunction(&mut loaded.function, module, name.as_ptr()) };
+        check("cuModuleGetFunction", result)?;
+        Ok(loaded)
+    }
+
+    fn chunks(
+        &self,
+        memory: &DeviceMemory,
+        offset: u64,
+        bytes: u64,
+        chunk_bytes: u64,
+    ) -> Result<Vec<u64>, CudaError> {
         if bytes == 0 {
             return Ok(Vec::new());
         }
         let context = self.stream.context();
-        if chunk_bytes == 0 || !Arc::ptr_eq(memory.context(), context) {
-            return Err(invalid(CALL));
+        if chunk_bytes == 0 {
+            return Err(invalid("cuLaunchKernel"));
         }
         let count = bytes.div_ceil(chunk_bytes);
         let room = DeviceMemory::rounded(context, count * 8)?.ok_or(invalid(CALL))?;
@@ -140,10 +169,10 @@ fn read_sums(sums: &DeviceMemory, count: u64) -> Result<Vec<u64>, CudaError> {
     Ok(bytes.as_chunks::<8>().0.iter().map(|sum| u64::from_le_bytes(*sum)).collect())
 }
 
-impl Drop for Checksums {
+impl Drop for Kernel {
     fn drop(&mut self) {
         if self.stream.context().bind().is_ok() {
-            // SAFETY: loaded by `new`; nothing of it runs any more.
+            // SAFETY: loaded by `load`; nothing of it runs any more.
             let _ = unsafe { sys::cuModuleUnload(self.module) };
         }
     }

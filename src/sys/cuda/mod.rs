@@ -7,6 +7,7 @@
 //! Every object keeps the primary context of its device alive, and makes it current on the calling thread before each
 //! call, so objects can move between threads.
 
+mod demotion;
 mod device;
 mod kernel;
 mod memory;
@@ -17,8 +18,9 @@ use std::fmt;
 
 use cudarc::driver::sys::{self, CUresult};
 
+pub use demotion::Demotion;
 pub use device::{Context, Device, Found, find};
-pub use kernel::Checksums;
+pub use kernel::{Checksums, Kernel};
 pub use memory::{DeviceMemory, Imported, Pinned, PinnedMap};
 pub use promotion::Promotion;
 pub use stream::{Rows, Stream, Upload};

@@ -29,6 +29,7 @@ impl Promotion {
         let inside = end <= whole.len() as u64;
         let address =
             self.target.address_of(rows.target_offset, total).filter(|_| inside).ok_or(invalid(CALL))?;
+        self.stream.context().bind()?;
         self.stream.start(address, &whole[rows.span_offset as usize..], rows)
     }
 

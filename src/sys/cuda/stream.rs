@@ -44,9 +44,9 @@ impl Stream {
 impl Stream {
     /// Starts a copy of rows that begin with `source` to `address`.
     ///
-    /// The caller has checked that all rows are inside both, and keeps both until the copy is done.
+    /// The caller has made the context current, has checked that all rows are inside both, and keeps both until the copy is
+    /// done.
     pub(super) fn start(&self, address: CUdeviceptr, source: &[u8], rows: Rows) -> Result<(), CudaError> {
-        self.context.bind()?;
         if rows.count == 1 {
             // SAFETY: the caller's promise.
             let result = unsafe {
@@ -74,6 +74,18 @@ impl Stream {
         };
         // SAFETY: the caller's promise, for all rows.
         check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.raw) })
+    }
+
+    /// Starts a copy from `address` that fills `target`.
+    ///
+    /// The caller has checked that the range is inside the device's memory, and keeps both until the copy is done.
+    pub(super) fn fetch(&self, address: CUdeviceptr, target: &mut Span) -> Result<(), CudaError> {
+        self.context.bind()?;
+        let target = target.as_mut_slice();
+        // SAFETY: the caller's promise; the span is an exclusive claim on its bytes.
+        let result =
+            unsafe { sys::cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), address, target.len(), self.raw) };
+        check("cuMemcpyDtoHAsync", result)
     }
 
     /// Waits for all work in it.
@@ -211,8 +223,28 @@ impl Upload {
         self.span.as_ref().map_or(&[], Span::as_slice)
     }
 
-    /// Starts a copy to the device of `streams[lane]`.
-    pub fn copy(
+    /// Starts copies: each to the device of `streams[lane]`. From here on [`Upload::done`] may be asked.
+    ///
+    /// # Errors
+    /// The driver's. Some of the copies may be under way then; [`Upload::unload`] waits for them.
+    pub fn start<'m>(
+        &mut self,
+        streams: &[Stream],
+        copies: impl IntoIterator<Item = (usize, &'m Arc<DeviceMemory>, Rows)>,
+    ) -> Result<(), CudaError> {
+        // Making a context current costs about as much as starting a copy.
+        let mut current = None;
+        for (lane, target, rows) in copies {
+            if current.replace(lane) != Some(lane) {
+                streams.get(lane).map_or(Ok(()), |stream| stream.context.bind())?;
+            }
+            self.copy(streams, lane, target, rows)?;
+        }
+        self.record(streams)
+    }
+
+    /// Starts one copy. The context of its device is current.
+    fn copy(
         &mut self,
         streams: &[Stream],
         lane: usize,
@@ -225,7 +257,6 @@ impl Upload {
         let inside = span_end <= span.bytes() && Arc::ptr_eq(target.context(), &stream.context);
         let address = target.address_of(rows.target_offset, total).filter(|_| inside).ok_or(invalid(CALL))?;
         let source = &span.as_slice()[rows.span_offset as usize..];
-        stream.context.bind()?;
         if !self.targets.iter().any(|known| Arc::ptr_eq(known, target)) {
             self.targets.push(Arc::clone(target));
         }
@@ -234,8 +265,8 @@ impl Upload {
         stream.start(address, source, rows)
     }
 
-    /// All copies are started: from here on [`Upload::done`] may be asked.
-    pub fn started(&mut self, streams: &[Stream]) -> Result<(), CudaError> {
+    /// All copies are started.
+    fn record(&mut self, streams: &[Stream]) -> Result<(), CudaError> {
         for ((event, stream), open) in self.events.iter_mut().zip(streams).zip(&mut self.open) {
             if !std::mem::take(open) {
                 continue;

@@ -4,15 +4,18 @@
 //! that was replaced is another artifact. A tenant sees an entry only if it has opened its files itself.
 
 mod content;
+mod demote;
 mod reserve;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use content::{Content, Region};
+use tokio::sync::Notify;
+
+pub use content::{Content, Piece, Region};
 pub use reserve::Grant;
 
 use super::DeviceId;
@@ -28,6 +31,25 @@ pub type EntryId = u64;
 /// A user id on whose behalf entries are looked at; `None` is the daemon itself and its own user, who see all.
 pub type Viewer = Option<u32>;
 
+/// How the bytes of an artifact lie in a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// As in its files, headers too: what clients map from the host tier.
+    Files,
+    /// Tensors on multiples of 512 bytes, without headers: in the memory of a GPU, and on the host tier what has left one.
+    Packed,
+}
+
+impl Form {
+    /// What clients attach on a device.
+    pub fn of(device: DeviceId) -> Form {
+        match device {
+            DeviceId::Host => Form::Files,
+            DeviceId::Gpu(_) => Form::Packed,
+        }
+    }
+}
+
 /// What makes two requests mean the same resident bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Key {
@@ -37,6 +59,8 @@ pub struct Key {
     pub files: Vec<(String, Stamp)>,
     /// The selection.
     pub select: Option<Vec<Selector>>,
+    /// How its bytes lie.
+    pub form: Form,
 }
 
 /// How an entry stands.
@@ -141,6 +165,10 @@ pub struct Residency {
     table: RefCell<Table>,
     /// Evicted, but named by replies that are still on their way.
     parting: RefCell<Vec<Parted>>,
+    /// Bytes that went from GPUs to the host tier since they were last asked for.
+    demoted: Cell<u64>,
+    /// A device was lost.
+    losses: Notify,
 }
 
 /// A hold on an entry: while there is one, it is not evicted. A lease is a hold on a resident entry.
@@ -182,7 +210,14 @@ impl Drop for Hold {
 impl Residency {
     /// Nothing is resident yet.
     pub fn new(host: Rc<Host>, gpus: Vec<Rc<Gpu>>) -> Rc<Residency> {
-        Rc::new(Residency { host, gpus, table: RefCell::default(), parting: RefCell::default() })
+        Rc::new(Residency {
+            host,
+            gpus,
+            table: RefCell::default(),
+            parting: RefCell::default(),
+            demoted: Cell::new(0),
+            losses: Notify::new(),
+        })
     }
 
     /// The host tier.
@@ -282,6 +317,7 @@ impl Residency {
                 matches!(&entry.state, State::Resident(content) if content.digest.as_deref() == Some(digest));
             known
                 && entry.key.device == device
+                && entry.key.form == Form::of(device)
                 && entry.key.select.as_deref() == select
                 && entry.seen_by(viewer)
         });
@@ -317,10 +353,13 @@ impl Residency {
     pub fn fill(self: &Rc<Self>, id: EntryId, content: Content) {
         let mut table = self.table.borrow_mut();
         let same = table.entries.get(&id).map(|entry| (entry.origin.clone(), entry.key.clone()));
-        if let Some((origin, Key { device, select, .. })) = same {
+        if let Some((origin, key)) = same {
+            let (origin, select) = (origin.as_deref(), key.select.as_deref());
             let before = table.entries.range_mut(..id).map(|(_, entry)| entry);
-            for old in before.filter(|old| old.came_from(origin.as_deref(), device, select.as_deref())) {
-                old.stale = true;
+            for old in before {
+                let replaced = old.came_from(origin, key.device, select);
+                let of_old_files = old.came_down_from(origin) && old.key.files != key.files;
+                old.stale |= replaced || of_old_files;
             }
         }
         if let Some(entry) = table.entries.get_mut(&id) {
@@ -441,9 +480,11 @@ impl Residency {
 
     /// The memory of a GPU is lost, with all that was resident there: nobody finds it any more.
     pub fn lose(&self, index: usize) {
-        let Some(gpu) = self.gpus.get(index).filter(|gpu| !gpu.lost()) else { return };
-        gpu.lose();
-        tracing::error!(device = gpu.name(), "device lost: what was resident there is forgotten");
+        let Some(gpu) = self.gpus.get(index) else { return };
+        if gpu.lose() {
+            tracing::error!(device = gpu.name(), "device lost: what was resident there is forgotten");
+            self.losses.notify_one();
+        }
         let mut table = self.table.borrow_mut();
         let here = table.entries.values().filter(|entry| entry.key.device == DeviceId::Gpu(index));
         let resident = here.filter(|entry| entry.state.is_resident()).map(|entry| entry.id);
@@ -466,6 +507,16 @@ impl Residency {
             }
             Err(content) => self.parting.borrow_mut().push(Parted { device, content, importers }),
         }
+    }
+
+    /// Waits until a device is lost. Says so to one who waits, also if it begins to wait later.
+    pub async fn lost_one(&self) {
+        self.losses.notified().await;
+    }
+
+    /// Bytes that went from GPUs to the host tier since the last call, for the metrics.
+    pub fn take_demoted(&self) -> u64 {
+        self.demoted.take()
     }
 
     /// What was evicted since the last call, for the metrics.
@@ -511,7 +562,14 @@ impl Entry {
         origin.is_some()
             && self.origin.as_deref() == origin
             && self.key.device == device
+            && self.key.form == Form::of(device)
             && self.key.select.as_deref() == select
+    }
+
+    /// Whether it is on the host tier, has left a GPU, and was loaded from this path.
+    fn came_down_from(&self, origin: Option<&str>) -> bool {
+        let below = self.key.device == DeviceId::Host && self.key.form == Form::Packed;
+        below && origin.is_some() && self.origin.as_deref() == origin
     }
 
     /// Whether `viewer` may know of it.

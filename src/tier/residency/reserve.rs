@@ -1,5 +1,6 @@
 //! Memory for new regions: from the budget of a device, from what is on its way back, or by eviction.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,14 @@ pub enum Grant {
 
 impl Residency {
     /// Sets memory aside for a new region of `bytes`; evicts and waits as needed. The budget is never exceeded.
-    pub async fn reserve(&self, device: DeviceId, bytes: u64) -> Result<Grant> {
+    ///
+    /// `demoted` is told of the bytes that went to the host tier for it.
+    pub async fn reserve(
+        self: &Rc<Self>,
+        device: DeviceId,
+        bytes: u64,
+        demoted: &Rc<Cell<u64>>,
+    ) -> Result<Grant> {
         let began = Instant::now();
         loop {
             if bytes > self.budget(device)? {
@@ -39,7 +47,7 @@ impl Residency {
                     self.sweep();
                     let _ = tokio::time::timeout(HELD_INTERVAL, self.changed(device)).await;
                 }
-                Err(Shortage::Held | Shortage::Evict) if self.evict_oldest(device) => {}
+                Err(Shortage::Held | Shortage::Evict) if self.evict_oldest(device, demoted) => {}
                 Err(_) if self.memory_may_come(device) => self.changed(device).await,
                 Err(_) => return Err(self.over_budget(device, bytes)),
             }
@@ -103,13 +111,20 @@ impl Residency {
         Error::new(code, message).kept("everything that was resident and in use")
     }
 
-    /// Evicts the least recently used entry that nobody has leased or pinned. `false`: there is none.
-    fn evict_oldest(&self, device: DeviceId) -> bool {
+    /// Evicts the least recently used entry that nobody has leased or pinned, from a GPU to the host tier if that has room.
+    /// `false`: there is none.
+    fn evict_oldest(self: &Rc<Self>, device: DeviceId, demoted: &Rc<Cell<u64>>) -> bool {
         let mut table = self.table.borrow_mut();
         let here = table.entries.values().filter(|entry| entry.key.device == device);
         let idle = here.filter(|entry| entry.idle() && entry.pins.is_empty());
         let Some(id) = idle.min_by_key(|entry| entry.used).map(|entry| entry.id) else { return false };
-        self.let_go(table.evict(id, Eviction::Budget));
+        let copy = table.copy_below(id);
+        let parted = table.evict(id, Eviction::Budget);
+        drop(table);
+        match (parted, copy) {
+            (Some(parted), Some(copy)) => self.demote(parted, copy, Rc::clone(demoted)),
+            (parted, _) => self.let_go(parted),
+        }
         true
     }
 }

@@ -463,7 +463,7 @@ pub unsafe extern "C" fn nvmlEventSetCreate(out: *mut nvmlEventSet_t) -> nvmlRet
     if out.is_null() {
         return INVALID_ARGUMENT;
     }
-    let set = machine::all().map(|_| Box::into_raw(Box::new(Events::default())).cast());
+    let set = machine::all().and_then(|_| Events::new()).map(|events| Box::into_raw(Box::new(events)).cast());
     // SAFETY: the caller's promise.
     unsafe { give(out, set) }
 }
@@ -508,7 +508,8 @@ pub unsafe extern "C" fn nvmlEventSetWait_v2(
         Ok(events) => events,
         Err(error) => return error,
     };
-    let event = events.wait(Duration::from_millis(timeout_ms.into())).map(|(gpu, xid)| nvmlEventData_t {
+    let event = events.wait(Duration::from_millis(timeout_ms.into())).and_then(|event| event.ok_or(TIMEOUT));
+    let event = event.map(|(gpu, xid)| nvmlEventData_t {
         device: handle(gpu, None),
         eventType: XID_CRITICAL,
         eventData: xid,
@@ -516,7 +517,7 @@ pub unsafe extern "C" fn nvmlEventSetWait_v2(
         computeInstanceId: c_uint::MAX,
     });
     // SAFETY: the caller's promise.
-    unsafe { give(out, event.ok_or(TIMEOUT)) }
+    unsafe { give(out, event) }
 }
 
 /// As NVML documents it.

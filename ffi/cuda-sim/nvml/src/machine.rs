@@ -1,6 +1,7 @@
 //! The simulated machine as NVML sees it: physical GPUs with their instances, and the health that a file decides.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -10,14 +11,16 @@ use nvml_wrapper_sys::bindings::{
     nvmlDevice_t, nvmlReturn_enum_NVML_ERROR_DRIVER_NOT_LOADED as DRIVER_NOT_LOADED,
     nvmlReturn_enum_NVML_ERROR_GPU_IS_LOST as GPU_IS_LOST,
     nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT as INVALID_ARGUMENT,
-    nvmlReturn_enum_NVML_ERROR_UNINITIALIZED as UNINITIALIZED, nvmlReturn_t,
+    nvmlReturn_enum_NVML_ERROR_UNINITIALIZED as UNINITIALIZED, nvmlReturn_enum_NVML_ERROR_UNKNOWN as UNKNOWN,
+    nvmlReturn_t,
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::io::Errno;
 use serde::Deserialize;
 
 /// File of the devices' health in the directory of the simulated machine, by the UUID of the physical GPU.
 const HEALTH_FILE: &str = "health.json";
-/// Between two looks at the file by a call that hangs or waits for an event.
-const LOOK: Duration = Duration::from_millis(5);
 /// Kind of derived UUID of the GPU that simulated instances are part of; devices of the list have kind 0.
 const PARENT: u8 = 1;
 /// In a handle the instance is below, the GPU above; both count from 1, so that no handle is null.
@@ -194,17 +197,42 @@ pub(crate) fn decode(handle: nvmlDevice_t) -> Result<(Gpu, Option<usize>), nvmlR
 pub(crate) fn ask(handle: nvmlDevice_t) -> Result<Target, nvmlReturn_t> {
     let (gpu, instance) = decode(handle)?;
     let mut health = health(&gpu.uuid);
-    while health.hung {
-        pause(LOOK);
+    if health.hung {
+        let changes = Changes::watch().map_err(|_| UNKNOWN)?;
         health = self::health(&gpu.uuid);
+        while health.hung {
+            changes.wait(None).map_err(|_| UNKNOWN)?;
+            health = self::health(&gpu.uuid);
+        }
     }
     if health.lost { Err(GPU_IS_LOST) } else { Ok(Target { gpu, instance, health }) }
 }
 
-/// The file does not say when it changes.
-fn pause(time: Duration) {
-    #[allow(clippy::disallowed_methods, reason = "a GPU that hangs waits for nothing else")]
-    std::thread::sleep(time);
+/// Changes of the files of the machine. Those from the beginning of the watch on are told.
+#[derive(Debug)]
+struct Changes(OwnedFd);
+
+impl Changes {
+    fn watch() -> Result<Changes, Errno> {
+        let changes = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+        inotify::add_watch(&changes, directory(), WatchFlags::MOVED_TO | WatchFlags::CLOSE_WRITE)?;
+        Ok(Changes(changes))
+    }
+
+    /// Waits until something has changed since the last call, or for so long.
+    fn wait(&self, timeout: Option<Duration>) -> Result<(), Errno> {
+        let timeout = timeout.map(|time| Timespec {
+            tv_sec: time.as_secs().try_into().unwrap_or(i64::MAX),
+            tv_nsec: time.subsec_nanos().into(),
+        });
+        match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+        // What it was does not matter: the file is read.
+        while rustix::io::read(&self.0, &mut [0u8; 4096]).is_ok() {}
+        Ok(())
+    }
 }
 
 fn health_file() -> PathBuf {
@@ -219,12 +247,17 @@ pub(crate) fn health(uuid: &str) -> Health {
 }
 
 /// GPUs whose events somebody waits for, each with the number of its XIDs that have been delivered.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Events {
     delivered: BTreeMap<u32, (String, usize)>,
+    changes: Changes,
 }
 
 impl Events {
+    pub(crate) fn new() -> Result<Events, nvmlReturn_t> {
+        Ok(Events { delivered: BTreeMap::new(), changes: Changes::watch().map_err(|_| UNKNOWN)? })
+    }
+
     /// From now on: what has happened before is not delivered.
     pub(crate) fn register(&mut self, gpu: &Gpu) {
         let happened = health(&gpu.uuid).xid.len();
@@ -232,7 +265,7 @@ impl Events {
     }
 
     /// The next XID: (GPU, XID). Nothing within the time: nothing.
-    pub(crate) fn wait(&mut self, timeout: Duration) -> Option<(u32, u64)> {
+    pub(crate) fn wait(&mut self, timeout: Duration) -> Result<Option<(u32, u64)>, nvmlReturn_t> {
         let begin = Instant::now();
         loop {
             for (gpu, (uuid, delivered)) in &mut self.delivered {
@@ -240,11 +273,11 @@ impl Events {
                 *delivered = (*delivered).min(happened.len());
                 if let Some(xid) = happened.get(*delivered) {
                     *delivered += 1;
-                    return Some((*gpu, *xid));
+                    return Ok(Some((*gpu, *xid)));
                 }
             }
-            let left = timeout.checked_sub(begin.elapsed())?;
-            pause(left.min(LOOK));
+            let Some(left) = timeout.checked_sub(begin.elapsed()) else { return Ok(None) };
+            self.changes.wait(Some(left)).map_err(|_| UNKNOWN)?;
         }
     }
 }
