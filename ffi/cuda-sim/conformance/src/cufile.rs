@@ -6,11 +6,13 @@ use std::ffi::c_void;
 use std::fmt;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 use libloading::Library;
 
 use crate::cufile_abi::{
-    Code, Descriptor, DescriptorHandle, OPAQUE_FD, PerGpu, Properties, Statistics, Status,
+    BatchEntry, BatchEvent, Code, Descriptor, DescriptorHandle, OPAQUE_FD, PerGpu, Properties, Statistics,
+    Status, Timespec,
 };
 
 /// The first version whose statistics have the vector calls, in front of the GPUs.
@@ -60,6 +62,12 @@ functions! {
     statistics_start = cuFileStatsStart() -> Status;
     statistics_stop = cuFileStatsStop() -> Status;
     statistics = cuFileGetStatsL3(*mut Statistics) -> Status;
+    batch_set_up = cuFileBatchIOSetUp(*mut usize, u32) -> Status;
+    batch_submit = cuFileBatchIOSubmit(usize, u32, *const BatchEntry, u32) -> Status;
+    batch_events = cuFileBatchIOGetStatus(usize, u32, *mut u32, *mut BatchEvent, *const Timespec) -> Status;
+    batch_cancel = cuFileBatchIOCancel(usize) -> Status;
+    batch_destroy = cuFileBatchIODestroy(usize);
+    set_slabs = cuFileSetParameterPosixPoolSlabArray(*const usize, *const usize, i32) -> Status;
 }
 
 /// A call that failed.
@@ -268,5 +276,49 @@ impl CuFile {
         // SAFETY: as above: one of an array in `found`.
         let gpu = |index| unsafe { gpus.wrapping_add(index).read_unaligned() };
         Ok((0..count.min(found.gpus.len())).map(gpu).collect())
+    }
+
+    /// A batch of up to so many entries.
+    pub(crate) fn batch_set_up(&self, capacity: u32) -> Answer<usize> {
+        let mut batch = 0;
+        cufile!(self.batch_set_up(&mut batch, capacity)).map(|()| batch)
+    }
+
+    pub(crate) fn batch_submit(&self, batch: usize, entries: &[BatchEntry]) -> Answer {
+        cufile!(self.batch_submit(batch, entries.len() as u32, entries.as_ptr(), 0))
+    }
+
+    /// Waits for `min` entries, so long at most; what has ended then, of `max` at most.
+    pub(crate) fn batch_events(
+        &self,
+        batch: usize,
+        min: u32,
+        max: u32,
+        timeout: Duration,
+    ) -> Answer<Vec<BatchEvent>> {
+        let mut events = vec![BatchEvent { cookie: 0, status: 0, result: 0 }; max as usize];
+        let mut count = max;
+        let timeout =
+            Timespec { seconds: timeout.as_secs() as i64, nanoseconds: timeout.subsec_nanos().into() };
+        cufile!(self.batch_events(batch, min, &mut count, events.as_mut_ptr(), &timeout))?;
+        events.truncate(count as usize);
+        Ok(events)
+    }
+
+    pub(crate) fn batch_cancel(&self, batch: usize) -> Answer {
+        cufile!(self.batch_cancel(batch))
+    }
+
+    pub(crate) fn batch_destroy(&self, batch: usize) -> Answer {
+        let function = self.have("batch_destroy", self.functions.batch_destroy)?;
+        // SAFETY: the handle comes from the library, and is not used afterwards.
+        unsafe { function(batch) };
+        Ok(())
+    }
+
+    /// Slabs of compatibility mode: their sizes in KiB, and how many of each.
+    pub(crate) fn set_slabs(&self, sizes: &[usize], counts: &[usize]) -> Answer {
+        let kinds = sizes.len().min(counts.len()) as i32;
+        cufile!(self.set_slabs(sizes.as_ptr(), counts.as_ptr(), kinds))
     }
 }

@@ -5,7 +5,9 @@
 //! Each check is a process of its own, so that one which ends a context, or dies, harms no other.
 
 mod check;
+#[allow(dead_code, reason = "shared with the tests of the simulated cuFile")]
 mod cufile;
+#[allow(dead_code, reason = "shared with the simulated cuFile")]
 #[path = "../../cufile/src/abi.rs"]
 mod cufile_abi;
 mod devices;
@@ -84,6 +86,7 @@ cufile_checks! {
     cufile_tells_its_version cufile_parameters_are_set_before_opening cufile_tells_what_it_is_able_to
     cufile_registers_files_once cufile_registers_buffers_once cufile_reads_what_a_file_holds
     cufile_reads_nothing_beyond_a_buffer cufile_writes_what_a_device_holds cufile_counts_the_way_of_each_read
+    cufile_batches_tell_of_each_entry cufile_batches_are_cancelled
     cufile_without_compatibility_goes_direct_or_not_at_all cufile_statistics_need_an_open_driver
 }
 

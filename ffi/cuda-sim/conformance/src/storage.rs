@@ -4,12 +4,13 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 
 use crate::check::{Checked, Gpu, Wrong, ensure, pattern, same};
 use crate::cufile::{Answer, CuFile, Failure};
-use crate::cufile_abi::{Code, PerGpu, boolean};
+use crate::cufile_abi::{BATCH_MODE, BatchEntry, Code, PerGpu, READ, batch_status, boolean, size};
 use crate::driver;
 
 impl From<Failure> for Wrong {
@@ -23,6 +24,8 @@ const FILE_BYTES: u64 = (1 << 20) + 777;
 /// Bytes of device memory.
 const DEVICE_BYTES: u64 = 2 << 20;
 const PAGE: u64 = 4096;
+/// An entry of a batch that takes longer does not end.
+const BATCH_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The call must fail with one of these codes.
 fn fails<T>(what: &str, answer: Answer<T>, codes: &[Code]) -> Checked {
@@ -125,12 +128,16 @@ pub(crate) fn cufile_parameters_are_set_before_opening(cufile: &CuFile) -> Check
         cufile.set_boolean(boolean::ALLOW_COMPAT_MODE, value)?;
         ensure!(cufile.boolean(boolean::ALLOW_COMPAT_MODE)? == value, "what was set is not told");
     }
+    cufile.set_size(size::DIRECT_IO_MAX_KIB, 1024)?;
+    ensure!(cufile.size(size::DIRECT_IO_MAX_KIB)? == 1024, "the size that was set is not told");
     fails("a parameter that is none", cufile.set_boolean(9999, true), &[Code::INVALID_VALUE])?;
     cufile.driver_open()?;
     ensure!(
         cufile.boolean(boolean::ALLOW_COMPAT_MODE)?,
         "what was set does not hold when the driver is open"
     );
+    let properties = cufile.properties()?;
+    ensure!(properties.direct_io_max_kib == 1024, "direct transfers of {} KiB", properties.direct_io_max_kib);
     let late = cufile.set_boolean(boolean::ALLOW_COMPAT_MODE, false);
     fails("a parameter of an open driver", late, &[Code::DRIVER_ALREADY_OPEN])?;
     cufile.driver_close()?;
@@ -213,6 +220,73 @@ pub(crate) fn cufile_writes_what_a_device_holds(cufile: &CuFile) -> Checked {
     let mut expected = pattern(1, FILE_BYTES);
     expected[4 * PAGE as usize..12 * PAGE as usize].copy_from_slice(&bytes);
     same("the file", &std::fs::read(&bench.scratch.path)?, &expected)?;
+    bench.close()
+}
+
+/// A page for each of so many entries, from every second page of the file.
+fn entries(bench: &Bench<'_>, count: u32) -> Vec<BatchEntry> {
+    let entry = |index: u64| BatchEntry {
+        mode: BATCH_MODE,
+        base: bench.memory,
+        file_offset: (index * 2 * PAGE) as i64,
+        base_offset: (index * PAGE) as i64,
+        bytes: PAGE as usize,
+        handle: bench.handle,
+        opcode: READ,
+        cookie: 1000 + index as usize,
+    };
+    (0..count.into()).map(entry).collect()
+}
+
+pub(crate) fn cufile_batches_are_cancelled(cufile: &CuFile) -> Checked {
+    let bench = Bench::new(cufile)?;
+    cufile.buffer_register(bench.memory, DEVICE_BYTES)?;
+    let batch = cufile.batch_set_up(8)?;
+    cufile.batch_submit(batch, &entries(&bench, 8))?;
+    cufile.batch_cancel(batch)?;
+    // What was under way has ended when the batch is destroyed: its memory can go.
+    cufile.batch_destroy(batch)?;
+    cufile.buffer_deregister(bench.memory)?;
+    bench.close()
+}
+
+pub(crate) fn cufile_batches_tell_of_each_entry(cufile: &CuFile) -> Checked {
+    const ENTRIES: u32 = 32;
+    let bench = Bench::new(cufile)?;
+    cufile.buffer_register(bench.memory, DEVICE_BYTES)?;
+    let batch = cufile.batch_set_up(ENTRIES)?;
+    let entries = entries(&bench, ENTRIES);
+    // Twice: a batch is used again.
+    for _ in 0..2 {
+        cufile.batch_submit(batch, &entries)?;
+        let mut events = Vec::new();
+        while events.len() < entries.len() {
+            let left = ENTRIES - events.len() as u32;
+            let more = cufile.batch_events(batch, left, left, BATCH_PATIENCE)?;
+            ensure!(!more.is_empty(), "{} of {ENTRIES} entries ended", events.len());
+            events.extend(more);
+        }
+        for event in &events {
+            ensure!(
+                event.status == batch_status::COMPLETE,
+                "entry {}: status {}",
+                event.cookie,
+                event.status
+            );
+            ensure!(event.result == PAGE as isize, "entry {}: {} bytes", event.cookie, event.result);
+        }
+        let mut cookies: Vec<_> = events.iter().map(|event| event.cookie).collect();
+        cookies.sort_unstable();
+        ensure!(cookies == (1000..1000 + ENTRIES as usize).collect::<Vec<_>>(), "cookies are {cookies:?}");
+        let (file, device) = (pattern(1, FILE_BYTES), driver::read(bench.memory, u64::from(ENTRIES) * PAGE)?);
+        for (index, page) in device.chunks_exact(PAGE as usize).enumerate() {
+            let start = index * 2 * PAGE as usize;
+            same("a page", page, &file[start..start + PAGE as usize])?;
+        }
+    }
+    cufile.batch_destroy(batch)?;
+    fails_somehow("a batch of more entries than there may be", cufile.batch_set_up(100_000))?;
+    cufile.buffer_deregister(bench.memory)?;
     bench.close()
 }
 

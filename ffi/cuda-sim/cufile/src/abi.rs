@@ -12,11 +12,9 @@ pub(crate) struct Code(pub(crate) i32);
 macro_rules! codes {
     ($($name:ident = $number:literal;)*) => {
         impl Code {
-            $(#[allow(dead_code, reason = "some codes are given by fault injection only")]
-            pub(crate) const $name: Code = Code($number);)*
+            $(            pub(crate) const $name: Code = Code($number);)*
 
             /// The code of a name without its `CU_FILE_`.
-            #[allow(dead_code, reason = "of no use to the conformance suite")]
             pub(crate) fn named(name: &str) -> Option<Code> {
                 match name {
                     $(stringify!($name) => Some(Code::$name),)*
@@ -128,7 +126,6 @@ pub(crate) struct Properties {
 }
 
 /// Bits of [`Properties`].
-#[allow(dead_code, reason = "the conformance suite reads some of them")]
 pub(crate) mod flag {
     pub(crate) const NVME_SUPPORTED: u32 = 1 << 4;
     pub(crate) const NVME_P2P_SUPPORTED: u32 = 1 << 11;
@@ -138,7 +135,6 @@ pub(crate) mod flag {
 }
 
 /// `CUFileSizeTConfigParameter_t`, as far as a value has a meaning here.
-#[allow(dead_code, reason = "the conformance suite sets some of them")]
 pub(crate) mod size {
     pub(crate) const PROFILE_STATS: usize = 0;
     pub(crate) const DIRECT_IO_MAX_KIB: usize = 5;
@@ -152,7 +148,6 @@ pub(crate) mod size {
 }
 
 /// `CUFileBoolConfigParameter_t`, likewise.
-#[allow(dead_code, reason = "the conformance suite sets some of them")]
 pub(crate) mod boolean {
     pub(crate) const ALLOW_COMPAT_MODE: usize = 1;
     pub(crate) const FORCE_COMPAT_MODE: usize = 2;
@@ -307,36 +302,4 @@ pub(crate) mod batch_status {
 pub(crate) struct Timespec {
     pub(crate) seconds: i64,
     pub(crate) nanoseconds: i64,
-}
-
-#[cfg(test)]
-mod tests {
-    use std::mem::offset_of;
-
-    use super::*;
-
-    /// Sizes and places as a C compiler has them for NVIDIA's header of version 1.20.
-    #[test]
-    fn structures_lie_as_in_the_c_api() {
-        assert_eq!(size_of::<Status>(), 8);
-        assert_eq!((size_of::<Descriptor>(), offset_of!(Descriptor, operations)), (24, 16));
-        assert_eq!((size_of::<Properties>(), offset_of!(Properties, feature_flags)), (56, 32));
-        assert_eq!((size_of::<BatchEntry>(), offset_of!(BatchEntry, handle)), (64, 40));
-        assert_eq!((size_of::<BatchEvent>(), offset_of!(BatchEvent, result)), (24, 16));
-        assert_eq!((size_of::<Basic>(), size_of::<Detailed>()), (624, 1136));
-        assert_eq!((size_of::<PerGpu>(), size_of::<Statistics>()), (248, 5112));
-        let basic = [
-            offset_of!(Basic, read_bytes),
-            offset_of!(Basic, read_latency_sum_us),
-            offset_of!(Basic, batch_submits),
-            offset_of!(Basic, batch_queues),
-            offset_of!(Basic, batch_read_bytes),
-            offset_of!(Basic, vector_reads),
-        ];
-        assert_eq!(basic, [96, 160, 176, 256, 416, 512]);
-        let gpu =
-            [offset_of!(PerGpu, posix_reads), offset_of!(PerGpu, write_bytes), offset_of!(PerGpu, registers)];
-        assert_eq!(gpu, [72, 120, 208]);
-        assert_eq!((offset_of!(Statistics, gpu_count), offset_of!(Statistics, gpus)), (1136, 1144));
-    }
 }

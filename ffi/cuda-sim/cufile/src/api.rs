@@ -3,15 +3,18 @@
 //! No panic leaves them, no argument is taken for valid that C allows to be anything, and each counts for fault injection
 //! under the name that it is exported by.
 
+mod batch;
 mod driver;
 mod files;
 mod parameters;
 mod statistics;
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
 use crate::abi::{Code, Status};
+use crate::batch::Batch;
 use crate::config::Config;
 use crate::device::lock;
 use crate::failure::{Answer, Failure};
@@ -41,6 +44,7 @@ struct Library {
     /// `cuFileSetStatsLevel` before the driver was opened.
     level: Option<i32>,
     opened: Option<Opened>,
+    batches: BTreeMap<usize, Arc<Batch>>,
 }
 
 struct Opened {

@@ -29,6 +29,12 @@ pub(crate) enum Call {
     HandleDeregister,
     BufferRegister,
     BufferDeregister,
+    BatchSetup,
+    BatchSubmit,
+    /// One entry of a batch that the caller was told of.
+    BatchComplete,
+    BatchCancel,
+    BatchDestroy,
 }
 
 /// One transfer that has ended.
@@ -100,6 +106,11 @@ impl Counters {
             Call::HandleDeregister => &mut basic.handle_deregisters,
             Call::BufferRegister => &mut basic.buffer_registers,
             Call::BufferDeregister => &mut basic.buffer_deregisters,
+            Call::BatchSetup => &mut basic.batch_setups,
+            Call::BatchSubmit => &mut basic.batch_submits,
+            Call::BatchComplete => &mut basic.batch_completes,
+            Call::BatchCancel => &mut basic.batch_cancels,
+            Call::BatchDestroy => &mut basic.batch_destroys,
         };
         count(counter, succeeded);
     }

@@ -1,6 +1,9 @@
 //! What the simulated cuFile does beyond what the conformance suite asks of any: the ways that a node is able to, silent
 //! fallbacks, faults.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+#![allow(clippy::print_stdout, reason = "a test that cannot be done here says so")]
+
 #[path = "../../conformance/src/check.rs"]
 #[allow(dead_code, unused_imports, reason = "shared with the conformance suite")]
 mod check;
@@ -20,6 +23,7 @@ mod library;
 mod process;
 
 use std::fs::File;
+use std::mem::offset_of;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -28,8 +32,11 @@ use std::time::{Duration, Instant};
 
 use check::{Gpu, pattern};
 use cufile::{Answer, CuFile, Failure};
-use cufile_abi::{Code, PerGpu, boolean};
-use driver::{Code as Cuda, READ_WRITE};
+use cufile_abi::{
+    BATCH_MODE, Basic, BatchEntry, BatchEvent, Code, Descriptor, Detailed, PerGpu, Properties, READ,
+    Statistics, Status, batch_status, boolean,
+};
+use driver::READ_WRITE;
 use process::{Machine, alone};
 use rustix::fs::{OFlags, fstatfs};
 
@@ -67,7 +74,7 @@ fn file_on_drive(flags: OFlags) -> Option<(tempfile::TempPath, File)> {
     if [0xef53, 0x5846_5342].contains(&magic) {
         return Some((path, file));
     }
-    println!("skipped: {} is neither ext4 nor XFS", path.display());
+    println!("skipped: {} is neither on ext4 nor on XFS", path.display());
     None
 }
 
@@ -108,6 +115,31 @@ impl Open {
 /// Reads by nvidia-fs, by P2PDMA, through the host; all of these that were of no whole pages.
 fn ways(gpu: &PerGpu) -> [u64; 4] {
     [gpu.nvfs_reads, gpu.p2p_reads, gpu.posix_reads, gpu.unaligned_reads]
+}
+
+/// Sizes and places as a C compiler has them for NVIDIA's header of version 1.20.
+#[test]
+fn structures_lie_as_in_the_c_api() {
+    assert_eq!(size_of::<Status>(), 8);
+    assert_eq!((size_of::<Descriptor>(), offset_of!(Descriptor, operations)), (24, 16));
+    assert_eq!((size_of::<Properties>(), offset_of!(Properties, feature_flags)), (56, 32));
+    assert_eq!((size_of::<BatchEntry>(), offset_of!(BatchEntry, handle)), (64, 40));
+    assert_eq!((size_of::<BatchEvent>(), offset_of!(BatchEvent, result)), (24, 16));
+    assert_eq!((size_of::<Basic>(), size_of::<Detailed>()), (624, 1136));
+    assert_eq!((size_of::<PerGpu>(), size_of::<Statistics>()), (248, 5112));
+    let basic = [
+        offset_of!(Basic, read_bytes),
+        offset_of!(Basic, read_latency_sum_us),
+        offset_of!(Basic, batch_submits),
+        offset_of!(Basic, batch_queues),
+        offset_of!(Basic, batch_read_bytes),
+        offset_of!(Basic, vector_reads),
+    ];
+    assert_eq!(basic, [96, 160, 176, 256, 416, 512]);
+    let gpu =
+        [offset_of!(PerGpu, posix_reads), offset_of!(PerGpu, write_bytes), offset_of!(PerGpu, registers)];
+    assert_eq!(gpu, [72, 120, 208]);
+    assert_eq!((offset_of!(Statistics, gpu_count), offset_of!(Statistics, gpus)), (1136, 1144));
 }
 
 #[test]
@@ -333,6 +365,111 @@ fn faults_hit_the_calls_that_are_named() {
             assert_eq!((gpu.reads, gpu.reads_failed), (3, 2));
             fails(open.cufile.buffer_deregister(open.memory), Code::INTERNAL_ERROR);
             open.cufile.buffer_deregister(open.memory).unwrap();
+        },
+    );
+}
+
+/// Entry of a batch: a page from `index` on, to where `index` says.
+fn page(open: &Open, handle: usize, index: u64) -> BatchEntry {
+    BatchEntry {
+        mode: BATCH_MODE,
+        base: open.memory,
+        file_offset: (index * PAGE) as i64,
+        base_offset: (index * PAGE) as i64,
+        bytes: PAGE as usize,
+        handle,
+        opcode: READ,
+        cookie: index as usize,
+    }
+}
+
+/// (cookie, status, result) of each, by cookie.
+fn told(events: &[BatchEvent]) -> Vec<(usize, u32, isize)> {
+    let mut told: Vec<_> = events.iter().map(|event| (event.cookie, event.status, event.result)).collect();
+    told.sort_unstable();
+    told
+}
+
+const WHOLE: isize = PAGE as isize;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[test]
+fn a_batch_tells_of_each_entry_what_became_of_it() {
+    alone(
+        || node("nvfs").with("CUFILE_SIM_FAULT", "read:1+=EIO"),
+        || {
+            let (_path, file) = file_in(Path::new("/dev/shm"), OFlags::DIRECT);
+            let open = Open::with(&[]);
+            let handle = open.cufile.handle_register(file.as_fd()).unwrap();
+            fails(open.cufile.batch_set_up(0), Code::INVALID_VALUE);
+            fails(open.cufile.batch_set_up(129), Code::INVALID_VALUE);
+            let batch = open.cufile.batch_set_up(3).unwrap();
+            let unknown = BatchEntry { handle: 77, ..page(&open, handle, 1) };
+            let strange = BatchEntry { opcode: 9, ..page(&open, handle, 2) };
+            let entries = [page(&open, handle, 0), unknown, strange];
+            open.cufile.batch_submit(batch, &entries).unwrap();
+            // Until they are told of, there is room for no more.
+            fails(open.cufile.batch_submit(batch, &entries[..1]), Code::BATCH_FULL);
+            let events = open.cufile.batch_events(batch, 3, 3, PATIENCE).unwrap();
+            let expected = [
+                (0, batch_status::FAILED, -1),
+                (1, batch_status::INVALID, -(Code::HANDLE_NOT_REGISTERED.0 as isize)),
+                (2, batch_status::INVALID, -(Code::INVALID_VALUE.0 as isize)),
+            ];
+            assert_eq!(told(&events), expected);
+            // None is left, so that there is nothing to wait for.
+            assert_eq!(open.cufile.batch_events(batch, 1, 3, PATIENCE), Ok(vec![]));
+            open.cufile.batch_destroy(batch).unwrap();
+            fails(open.cufile.batch_submit(batch, &entries), Code::INVALID_VALUE);
+        },
+    );
+}
+
+/// A real library hangs without a word when compatibility mode has fewer slabs than a batch has entries.
+#[test]
+fn a_batch_without_slabs_for_all_is_stuck_until_it_is_cancelled() {
+    alone(
+        || Machine::new(ONE),
+        || {
+            let (_path, file) = file_in(Path::new("/dev/shm"), OFlags::DIRECT);
+            CuFile::load().unwrap().set_slabs(&[4, 1024], &[2, 1]).unwrap();
+            let open = Open::with(&[]);
+            let handle = open.cufile.handle_register(file.as_fd()).unwrap();
+            let batch = open.cufile.batch_set_up(8).unwrap();
+            let pages = [0, 1, 2, 3].map(|index| page(&open, handle, index));
+            let large = BatchEntry { bytes: 1 << 20, ..page(&open, handle, 4) };
+            open.cufile.batch_submit(batch, &[&pages[..], &[large]].concat()).unwrap();
+            let events = open.cufile.batch_events(batch, 3, 8, PATIENCE).unwrap();
+            let done = |cookie, bytes| (cookie, batch_status::COMPLETE, bytes);
+            assert_eq!(told(&events), [done(0, WHOLE), done(1, WHOLE), done(4, 1 << 20)]);
+            // The others never end, however long one waits.
+            assert_eq!(open.cufile.batch_events(batch, 1, 8, Duration::from_millis(200)), Ok(vec![]));
+            open.cufile.batch_cancel(batch).unwrap();
+            let events = open.cufile.batch_events(batch, 2, 8, PATIENCE).unwrap();
+            assert_eq!(told(&events), [2, 3].map(|cookie| (cookie, batch_status::CANCELED, 0)));
+            // What has been told of has given its slab back.
+            open.cufile.batch_submit(batch, &pages[2..]).unwrap();
+            let events = open.cufile.batch_events(batch, 2, 8, PATIENCE).unwrap();
+            assert_eq!(told(&events), [done(2, WHOLE), done(3, WHOLE)]);
+        },
+    );
+}
+
+#[test]
+fn closing_ends_batches_that_hang_on_nothing() {
+    alone(
+        || node("nvfs"),
+        || {
+            let Some((_path, file)) = file_on_drive(OFlags::DIRECT) else { return };
+            let open = Open::with(&[]);
+            let handle = open.cufile.handle_register(file.as_fd()).unwrap();
+            let batch = open.cufile.batch_set_up(128).unwrap();
+            let entries: Vec<_> = (0..128).map(|index| page(&open, handle, index)).collect();
+            open.cufile.batch_submit(batch, &entries).unwrap();
+            open.cufile.driver_close().unwrap();
+            assert_eq!(open.cufile.use_count(), Ok(0));
+            fails(open.cufile.batch_events(batch, 1, 128, PATIENCE), Code::INVALID_VALUE);
+            fails(open.cufile.read(handle, open.memory, PAGE, 0, 0), Code::DRIVER_NOT_INITIALIZED);
         },
     );
 }

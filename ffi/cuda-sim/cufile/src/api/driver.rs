@@ -3,8 +3,9 @@
 use std::ffi::{CStr, c_char};
 use std::sync::Arc;
 
-use super::{call, exported, library};
+use super::{Library, call, exported, library};
 use crate::abi::{Code, Properties, Status};
+use crate::failure::Answer;
 use crate::pointers::Out;
 use crate::session::Session;
 
@@ -51,16 +52,32 @@ exported! {
     }
 }
 
-/// The last one to close ends everything that is registered.
-fn close() -> Result<(), crate::failure::Failure> {
-    let mut library = library();
+/// Whether the driver has one user only; of several there is one less then.
+fn is_last(library: &mut Library) -> Answer<bool> {
     let opened = library.opened.as_mut().ok_or(Code::DRIVER_NOT_INITIALIZED)?;
-    if opened.uses > 1 {
+    let is_last = opened.uses <= 1;
+    if !is_last {
         opened.uses -= 1;
+    }
+    Ok(is_last)
+}
+
+/// The last one to close ends everything that is registered.
+fn close() -> Answer {
+    let mut library = library();
+    if !is_last(&mut library)? {
+        return Ok(());
+    }
+    let batches = std::mem::take(&mut library.batches);
+    // Not while the library is locked: what a batch has begun may take a while.
+    drop(library);
+    batches.values().for_each(|batch| batch.end());
+    let mut library = self::library();
+    if !is_last(&mut library)? {
         return Ok(());
     }
     // A call that is under way has it.
-    if Arc::strong_count(&opened.session) > 1 {
+    if library.opened.as_ref().is_some_and(|opened| Arc::strong_count(&opened.session) > 1) {
         return Err(Code::DRIVER_CLOSING.into());
     }
     library.opened = None;
