@@ -1,5 +1,6 @@
 """What processes beside the daemon can do with a region of a GPU: attach it, hand its descriptor to a program, ask that."""
 import array
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -37,6 +38,9 @@ class Lease(Connection):
         return data
 
     def __exit__(self, *_):
+        # This process goes on: that nothing is mapped any more is known only because it says so.
+        with contextlib.suppress(OSError, NodeError):
+            self.call("lease.release", lease=self.reply["lease"])
         super().__exit__()
         socket.close(self.fd)
 
