@@ -159,6 +159,7 @@ impl Bench {
             depth: settings.depth,
             slots: settings.slots,
             cpus: Vec::new(),
+            numa_node: None,
             page_cache: false,
             devices: vec![Arc::clone(&context)],
         });

@@ -15,6 +15,8 @@ use super::{CudaError, check, invalid};
 const PTX: &str = concat!(include_str!("crc64.ptx"), "\0");
 /// Threads of a block: part of the kernel's contract (crc64.cu).
 const THREADS: u32 = 128;
+/// The call that launches it.
+const CALL: &str = "cuLaunchKernel";
 
 /// Checksums of the memory of one device, computed by the device. The kernel is loaded when it is first needed.
 #[derive(Debug)]
@@ -90,7 +92,7 @@ impl Kernel {
         }
         let context = self.stream.context();
         if chunk_bytes == 0 {
-            return Err(invalid("cuLaunchKernel"));
+            return Err(invalid(CALL));
         }
         let count = bytes.div_ceil(chunk_bytes);
         let room = DeviceMemory::rounded(context, count * 8)?.ok_or(invalid(CALL))?;
@@ -128,7 +130,6 @@ impl Kernel {
         chunk_bytes: u64,
         (sums, place): (&DeviceMemory, u64),
     ) -> Result<(), CudaError> {
-        const CALL: &str = "cuLaunchKernel";
         let context = self.stream.context();
         let own = [memory, sums].iter().all(|memory| Arc::ptr_eq(memory.context(), context));
         if !own || bytes == 0 || chunk_bytes == 0 {
