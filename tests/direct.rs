@@ -126,6 +126,15 @@ fn aligned_tensors_come_directly_and_the_rest_by_slots() {
     assert_eq!(daemon.metric("lodestream_direct_used", &[]), 1.0);
     assert_eq!(daemon.metric("lodestream_direct_fallback_bytes_total", &[]), 0.0);
 
+    // What is registered for a load is given back.
+    let again = |daemon: &mut Daemon| {
+        evict(daemon, &second);
+        daemon.until("memory given back", |_| memory_in_use() < 48 << 20);
+        load(daemon, &second);
+        daemon.fds()
+    };
+    assert_eq!(again(&mut daemon), again(&mut daemon));
+
     // In place, too: the checksums that the device has made are those of the tensors.
     let place = |tensor: &str| {
         let (_client, attached) = attach(&daemon, &on_gpu(&first)).unwrap();
@@ -343,7 +352,9 @@ fn a_fault_at_each_call_to_cufile_costs_no_load() {
             _ => {}
         }
         evict(&daemon, &model);
-        daemon.until("memory given back", |daemon| daemon.status()["gpus"][0]["resident_bytes"] == 0);
+        // What the threads of the direct path keep for themselves is less than the artifact.
+        daemon.until("memory given back", |_| memory_in_use() < 20 << 20);
+        assert_eq!(daemon.status()["gpus"][0]["resident_bytes"], 0, "{fault}");
         assert!(daemon.terminate().success(), "{fault}");
         assert_eq!(memory_in_use(), 0, "{fault}");
     }

@@ -178,6 +178,6 @@ fn last_report(child: &mut Child) -> io::Result<Report> {
         }
     }
     let lines = String::from_utf8_lossy(&text[..length]);
-    let reports = lines.lines().filter_map(|line| serde_json::from_str(line).ok());
-    reports.last().ok_or_else(|| io::Error::other("it said nothing"))
+    let mut reports = lines.lines().rev().filter_map(|line| serde_json::from_str(line).ok());
+    reports.next().ok_or_else(|| io::Error::other("it said nothing"))
 }

@@ -142,12 +142,9 @@ impl Model {
             Tensor::new("head.bias", "U8", &[1201]),
         ];
         fs::create_dir_all(path).unwrap();
-        // Some header that ends on a multiple of 4096 would hide that the edges are read, too.
-        let unit = if header_aligned(&tensors, &json!({"seed": seed.to_string()}), 512).len() % 4096 == 0 {
-            1536
-        } else {
-            512
-        };
+        // A header that ends on a multiple of 4096 would hide that edges are read, too.
+        let header = header_aligned(&tensors, &json!({"seed": seed.to_string()}), 512);
+        let unit = if header.len().is_multiple_of(4096) { 1536 } else { 512 };
         write_aligned(&path.join("model.safetensors"), &tensors, seed, unit);
         Model { path: path.to_owned(), seed, tensors }
     }
