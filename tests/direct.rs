@@ -321,6 +321,64 @@ fn misaligned_files_go_by_slots_where_the_direct_path_is_used() {
     }
 }
 
+#[test]
+fn ranks_get_their_own_directly_and_what_both_want_by_slots() {
+    let name = "ranks_get_their_own_directly_and_what_both_want_by_slots";
+    if !simulated_with_cufile(name, &json!([gpu(), gpu()]), &[("CUFILE_SIM_MODE", "p2pdma")]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::aligned(&root.path().join("m"), 1);
+    let mut daemon = daemon(root.path(), "on", &[]);
+    assert_eq!(learn(&mut daemon, &model)["state"], "used");
+    let second = json!({"source": model.path, "device": "gpu:1"});
+    daemon.connect().load_on(&second).unwrap();
+    daemon.until("the other pair", |daemon| daemon.status()["gpus"][1]["direct"][0]["state"] == "used");
+    daemon.connect().call("artifact.evict", &second).unwrap();
+    let half =
+        |rank: u64| json!([{"name": "embed.weight", "dim": 0, "of": 2, "index": rank}, "layers.0.weight"]);
+    let targets: Vec<_> =
+        (0..2).map(|rank| json!({"device": format!("gpu:{rank}"), "select": half(rank)})).collect();
+    let job = daemon.connect().load_on(&json!({"source": model.path, "targets": targets})).unwrap();
+    let (direct, other) =
+        (bytes_by(&job["path"], "direct"), number(&job["bytes"]) - bytes_by(&job["path"], "direct"));
+    assert!((8 << 20) - 4 * 4096 <= direct && direct <= 8 << 20, "a half of the 8 MiB for each: {job}");
+    assert!(9 << 20 <= other && other <= (9 << 20) + 8 * 4096, "9 MiB for both, read once: {job}");
+    for rank in 0..2 {
+        let request = json!({
+            "source": model.path, "device": format!("gpu:{rank}"), "select": half(rank), "wait": false, "verify": true,
+        });
+        let (_client, attached) = attach(&daemon, &request).unwrap();
+        let embed = model.contents("embed.weight");
+        let own = &embed[rank as usize * (4 << 20)..][..4 << 20];
+        assert!(attached.tensor("embed.weight").unwrap().to_vec().unwrap() == own);
+        let both = model.contents("layers.0.weight");
+        assert!(attached.tensor("layers.0.weight").unwrap().to_vec().unwrap() == both);
+    }
+}
+
+/// Invariant 2: a load that is given up waits for what is under way, and gives everything back.
+#[test]
+fn a_load_that_is_given_up_in_mid_read_gives_everything_back() {
+    let name = "a_load_that_is_given_up_in_mid_read_gives_everything_back";
+    if !simulated_with_cufile(name, &json!([gpu()]), &[("CUFILE_SIM_MODE", "nvfs")]) {
+        return;
+    }
+    let root = directory();
+    let model = Model::aligned(&root.path().join("m"), 1);
+    // A load takes a second and more.
+    let mut daemon = daemon(root.path(), "on", &[("CUFILE_SIM_RATE", "16000000")]);
+    assert_eq!(learn(&mut daemon, &model)["state"], "used");
+    let mut request = on_gpu(&model);
+    request["deadline_ms"] = json!(200);
+    assert_eq!(daemon.connect().load_on(&request).unwrap_err().code, "job.deadline_exceeded");
+    daemon.until("memory given back", |_| memory_in_use() < 20 << 20);
+    assert_eq!(daemon.status()["gpus"][0]["resident_bytes"], 0);
+    assert!(bytes_by(&load(&daemon, &model), "direct") > 0);
+    verify(&daemon, &model);
+    assert!(daemon.terminate().success());
+}
+
 /// Invariants 2 and 11: whichever call to cuFile fails, every byte is right, and all memory comes back.
 #[test]
 fn a_fault_at_each_call_to_cufile_costs_no_load() {
