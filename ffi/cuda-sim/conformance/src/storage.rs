@@ -284,7 +284,7 @@ pub(crate) fn cufile_batches_tell_of_each_entry(cufile: &CuFile) -> Checked {
             same("a page", page, &file[start..start + PAGE as usize])?;
         }
     }
-    let beyond = BatchEntry { base_offset: DEVICE_BYTES as i64, ..entries[1] };
+    let beyond = BatchEntry { base_offset: 32 * DEVICE_BYTES as i64, ..entries[1] };
     let refused = cufile.batch_submit(batch, &[entries[0], beyond]);
     fails("an entry to behind what is registered", refused, &[Code::INVALID_MAPPING_RANGE])?;
     let events = cufile.batch_events(batch, 0, ENTRIES, BATCH_PATIENCE)?;
