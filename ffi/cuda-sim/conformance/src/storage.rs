@@ -284,9 +284,9 @@ pub(crate) fn cufile_batches_tell_of_each_entry(cufile: &CuFile) -> Checked {
             same("a page", page, &file[start..start + PAGE as usize])?;
         }
     }
-    let beyond = BatchEntry { base_offset: DEVICE_BYTES as i64, ..entries[1] };
-    let refused = cufile.batch_submit(batch, &[entries[0], beyond]);
-    fails("an entry to behind what is registered", refused, &[Code::INVALID_MAPPING_RANGE])?;
+    let strange = BatchEntry { handle: 0, ..entries[1] };
+    let refused = cufile.batch_submit(batch, &[entries[0], strange]);
+    fails("an entry without a file", refused, &[Code::HANDLE_NOT_REGISTERED])?;
     let events = cufile.batch_events(batch, 0, ENTRIES, BATCH_PATIENCE)?;
     ensure!(events.is_empty(), "a part of what was refused has been done: {events:?}");
     cufile.batch_destroy(batch)?;

@@ -73,6 +73,12 @@ impl State {
         *used += 1;
         Some(kind)
     }
+
+    fn free_slab(&mut self, slab: Option<usize>) {
+        if let Some(used) = slab.and_then(|kind| self.slabs.get_mut(kind)) {
+            *used -= 1;
+        }
+    }
 }
 
 /// What an entry asks for.
@@ -141,6 +147,8 @@ impl Shared {
                     Err(_) => (batch_status::FAILED, -1),
                 };
                 state.events.push_back(Event { event: BatchEvent { cookie, status, result }, slab });
+            } else {
+                state.free_slab(slab);
             }
             self.changed.notify_all();
         }
@@ -207,9 +215,7 @@ impl Batch {
         }
         let count = state.events.len().min(max);
         let told: Vec<_> = state.events.drain(..count).collect();
-        for slab in told.iter().filter_map(|event| event.slab) {
-            state.slabs[slab] -= 1;
-        }
+        told.iter().for_each(|event| state.free_slab(event.slab));
         self.shared.changed.notify_all();
         told.into_iter().map(|event| event.event).collect()
     }
@@ -218,13 +224,14 @@ impl Batch {
     pub(crate) fn cancel(&self) {
         let mut state = self.shared.state();
         state.cancelled += 1;
-        state.waiting.clear();
-        state.events.clear();
+        let waiting = std::mem::take(&mut state.waiting);
+        waiting.iter().for_each(|entry| state.free_slab(entry.slab));
+        let events = std::mem::take(&mut state.events);
+        events.iter().for_each(|event| state.free_slab(event.slab));
         self.shared.changed.notify_all();
         while state.running > 0 {
             state = self.shared.wait(state, None).0;
         }
-        state.slabs.clear();
     }
 
     /// Waits for what has begun, and does nothing more.
