@@ -17,7 +17,7 @@ lint_rust() {
 # lint_scripts: every script parses; shellcheck reads the shell scripts where it is installed.
 lint_scripts() {
     local script shell=() python=()
-    for script in scripts/* benches/* .ci/*; do
+    for script in scripts/* benches/* benches/versus/* .ci/*; do
         [ -f "$script" ] || continue
         case "$script:$(head -n 1 "$script")" in
             *bash*) shell+=("$script") ;;
@@ -27,7 +27,7 @@ lint_scripts() {
     local file
     for file in "${shell[@]}"; do bash -n "$file"; done
     # compile() instead of py_compile: nothing is written beside the scripts.
-    python3 - "${python[@]}" scripts/*.py benches/harness/*.py benches/harness/tests/*.py <<'PY'
+    python3 - "${python[@]}" scripts/*.py benches/versus/*.py benches/harness/*.py benches/harness/tests/*.py <<'PY'
 import pathlib, sys
 for name in sys.argv[1:]:
     compile(pathlib.Path(name).read_text(), name, "exec")

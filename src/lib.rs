@@ -31,6 +31,7 @@ pub mod error;
 mod json;
 pub mod node;
 pub mod plan;
+pub mod probe;
 pub mod shard;
 pub mod source;
 pub mod staging;

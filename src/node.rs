@@ -20,7 +20,6 @@ use crate::telemetry::gpu::Monitor;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
 use crate::tier::DeviceId;
-use crate::tier::gpu::Gpu;
 use crate::tier::residency::{Residency, Viewer};
 use crate::topology::Topology;
 use crate::transfer::{self, HeaderGate, Jobs};
@@ -181,7 +180,7 @@ impl Node {
                 pages: self.features.pages.clone(),
                 pages_reason: self.features.pages_reason.clone(),
             },
-            gpus: self.residency.gpus().iter().map(|gpu| gpu_status(gpu)).collect(),
+            gpus: (0..self.residency.gpus().len()).map(|index| self.gpu_status(index)).collect(),
             shards: options
                 .zip(self.shards.iter().zip(&self.shard_devices))
                 .map(|(options, (shard, devices))| ShardStatus {
@@ -202,23 +201,25 @@ impl Node {
         }
     }
 
+    fn gpu_status(&self, index: usize) -> GpuStatus {
+        let gpu = &self.residency.gpus()[index];
+        gpu.look_at_held();
+        let account = gpu.account();
+        GpuStatus {
+            device: gpu.name(),
+            name: gpu.context().device().name.clone(),
+            budget_bytes: gpu.budget(),
+            resident_bytes: account.regions,
+            demoting_bytes: account.leaving,
+            held_bytes: account.held,
+            lost: gpu.lost(),
+            direct: self.jobs.direct().status(index),
+        }
+    }
+
     /// The reply to `node.topology`, read anew.
     pub async fn topology(&self) -> Result<Topology> {
         let gpus = self.monitor.gpus().to_vec();
         transfer::blocking(move || Ok(Topology::read(Path::new("/")).with_gpus(&gpus))).await
-    }
-}
-
-fn gpu_status(gpu: &Gpu) -> GpuStatus {
-    gpu.look_at_held();
-    let account = gpu.account();
-    GpuStatus {
-        device: gpu.name(),
-        name: gpu.context().device().name.clone(),
-        budget_bytes: gpu.budget(),
-        resident_bytes: account.regions,
-        demoting_bytes: account.leaving,
-        held_bytes: account.held,
-        lost: gpu.lost(),
     }
 }

@@ -13,6 +13,7 @@ fn served() -> BTreeSet<Row> {
     let metrics = Metrics::new();
     drop(metrics.shard(0));
     drop(metrics.device("host"));
+    metrics.direct_path("gpu:GPU-1", "nvme0n1", (Some(2e9), Some(1e9)), true);
     metrics.set_reader("io_uring", "");
     metrics.set_pages("thp", "no hugetlb pages");
 

@@ -13,6 +13,7 @@ mod output;
 mod parse;
 mod pin;
 mod prefetch;
+mod probe;
 mod progress;
 mod rm;
 mod serve;
@@ -30,6 +31,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::client::Client;
 use crate::config::{Config, ServeArgs};
 use crate::error::{Code, Error, Result};
+use crate::probe::{SUBCOMMAND, Settings};
 use output::Output;
 
 const AFTER_HELP: &str = "\
@@ -80,6 +82,9 @@ enum Command {
     Doctor(doctor::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
+    /// Measure the way from the file on stdin to a GPU
+    #[command(hide = true, name = SUBCOMMAND)]
+    Probe(Settings),
 }
 
 /// What every client subcommand needs.
@@ -138,6 +143,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Status => status::run(context),
         // What it finds decides its exit code.
         Command::Doctor(args) => return doctor::run(context.output, &args),
+        Command::Probe(settings) => probe::run(context.output, &settings),
         Command::Completions(args) => completions::run(&mut Cli::command(), &args, context.output),
     };
     done.map(|()| ExitCode::SUCCESS)

@@ -3,8 +3,8 @@
 use std::fmt::Write;
 
 use super::Context;
-use super::output::{bytes, milliseconds, printable};
-use crate::api::methods::{ShardStatus, StatusReply};
+use super::output::{bytes, milliseconds, printable, rate};
+use crate::api::methods::{DirectState, DirectStatus, ShardStatus, StatusReply};
 use crate::error::Result;
 
 pub(super) fn run(context: &Context) -> Result<()> {
@@ -47,6 +47,9 @@ fn text(status: &StatusReply) -> String {
             bytes(gpu.budget_bytes),
             if gpu.lost { ", LOST" } else { "" },
         );
+        for direct in &gpu.direct {
+            let _ = writeln!(out, "direct    {}", direct_line(&gpu.device, direct));
+        }
     }
     let _ = writeln!(out, "pages     {}{}", host.pages, because(&host.pages_reason));
     let _ = writeln!(out, "reader    {}{}", status.features.reader, because(&status.features.reader_reason));
@@ -65,6 +68,26 @@ fn text(status: &StatusReply) -> String {
         );
     }
     printable(&out)
+}
+
+fn direct_line(device: &str, direct: &DirectStatus) -> String {
+    let state = match direct.state {
+        DirectState::Probing => "being measured",
+        DirectState::Used => "used",
+        DirectState::NotUsed => "not used",
+    };
+    let mode = direct.mode.as_ref().map(|mode| format!(", {mode}")).unwrap_or_default();
+    let measured = |name: &str, found: Option<f64>| {
+        found.map(|found| format!(", {} {name}", rate(found))).unwrap_or_default()
+    };
+    let reason = direct.reason.as_ref().filter(|_| direct.state == DirectState::NotUsed);
+    format!(
+        "{} → {device}: {state}{mode}{}{}{}",
+        direct.drive,
+        measured("direct", direct.direct_bytes_per_second),
+        measured("staged", direct.staged_bytes_per_second),
+        reason.map(|reason| format!(" ({reason})")).unwrap_or_default()
+    )
 }
 
 fn shard_line(shard: &ShardStatus) -> String {

@@ -9,8 +9,8 @@ use super::origin::{Given, Origin};
 use super::raw::{RawConfig, RawDataPlane, RawGpu, RawHost, RawLimits, RawLog, RawPreload};
 use super::size::Size;
 use super::{
-    Config, ConfigError, DataPlane, Gpu, Host, Landing, Limits, Log, LogFormat, PageCache, Pages, Preload,
-    Reader, level, size,
+    Config, ConfigError, DataPlane, Direct, Gpu, Host, Landing, Limits, Log, LogFormat, PageCache, Pages,
+    Preload, Reader, level, size,
 };
 
 const KIB: u64 = 1 << 10;
@@ -214,7 +214,20 @@ fn gpu(layers: &Layers<'_>, args: &ServeArgs, raw: RawGpu, default: Gpu) -> Resu
         let known = ["GPU-", "MIG-"].iter().any(|prefix| given.text.starts_with(prefix));
         if known { Ok(given.text.clone()) } else { Err(given.invalid("a UUID such as GPU-… or MIG-…")) }
     });
-    Ok(Gpu { budget_bytes: whole_huge_pages(budget_bytes), devices: devices.collect::<Result<_, _>>()? })
+    Ok(Gpu {
+        budget_bytes: whole_huge_pages(budget_bytes),
+        devices: devices.collect::<Result<_, _>>()?,
+        direct: word(
+            layers.file("gpu.direct", raw.direct),
+            default.direct,
+            &[("auto", Direct::Auto), ("on", Direct::On), ("off", Direct::Off)],
+        )?,
+        direct_probe_timeout_ms: integer(
+            layers.file("gpu.direct_probe_timeout_ms", raw.direct_probe_timeout_ms),
+            default.direct_probe_timeout_ms,
+            100..=600_000,
+        )?,
+    })
 }
 
 fn data_plane(

@@ -86,6 +86,22 @@ pub struct Gpu {
     pub budget_bytes: u64,
     /// UUIDs (`GPU-…`, `MIG-…`) of the devices to use. Empty: all that the driver shows.
     pub devices: Vec<String>,
+    /// Whether drives write to GPUs by themselves, through cuFile.
+    pub direct: Direct,
+    /// How long the helper that measures the direct path may take, milliseconds.
+    pub direct_probe_timeout_ms: u64,
+}
+
+/// Whether drives write to GPUs by themselves, through cuFile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direct {
+    /// Where they do, as measured, and are faster than the way through host memory.
+    Auto,
+    /// Where they do, as measured, however fast.
+    On,
+    /// Nowhere; nothing is measured.
+    Off,
 }
 
 /// Which pages the host tier uses.
@@ -321,12 +337,17 @@ impl Default for Config {
                 pages: Pages::Auto,
                 reserve_huge_pages: false,
             },
-            gpu: Gpu { budget_bytes: 0, devices: Vec::new() },
+            gpu: Gpu {
+                budget_bytes: 0,
+                devices: Vec::new(),
+                direct: Direct::Auto,
+                direct_probe_timeout_ms: 30_000,
+            },
             data_plane: DataPlane {
                 reader: Reader::Auto,
                 block_bytes: MIB,
                 depth: 8,
-                slots: 16,
+                slots: 8,
                 shards: 0,
                 pin: true,
                 page_cache: PageCache::Auto,

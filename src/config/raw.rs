@@ -77,7 +77,7 @@ table!(RawConfig {
 
 table!(RawHost { budget_bytes: Field, ready_pool_bytes: Field, pages: Field, reserve_huge_pages: Field });
 
-table!(RawGpu { budget_bytes: Field, devices: Field<Vec<Scalar>> });
+table!(RawGpu { budget_bytes: Field, devices: Field<Vec<Scalar>>, direct: Field, direct_probe_timeout_ms: Field });
 
 table!(RawDataPlane {
     reader: Field,

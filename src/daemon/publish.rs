@@ -114,8 +114,8 @@ impl Publisher {
                     Path::Staged => self.reads.staged_bytes.inc_by(bytes),
                     Path::Cached => self.reads.cached_bytes.inc_by(bytes),
                     Path::Buffered => self.reads.buffered_bytes.inc_by(bytes),
-                    // No shard thread takes part in that.
-                    Path::Host => continue,
+                    // No shard thread takes part in these.
+                    Path::Host | Path::Compat => continue,
                 };
             }
             for (phase, before) in Phase::ALL.iter().zip(&mut before.nanos) {

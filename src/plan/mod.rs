@@ -12,8 +12,10 @@ use crate::catalog::Tensor;
 use crate::catalog::select::{Pick, Runs};
 use crate::checksum::CHUNK_BYTES;
 
+mod direct;
 mod moves;
 mod scatter;
+pub use direct::{DIRECT_BYTES_MAX, DIRECT_BYTES_MIN, Direct, DirectPiece, DirectRead, direct};
 pub use moves::{Copy, MOVES_MAX, Move, Plan, Target, moves};
 pub use scatter::scatter;
 
@@ -170,7 +172,8 @@ impl Layout {
 }
 
 /// Lays out tensors for a GPU: each begins on a multiple of [`TENSOR_ALIGN`], in file order. What has no tensors is laid
-/// out whole. `None` if offsets would overflow.
+/// out whole. What begins on such a multiple in its file agrees with it modulo [`BLOCK_ALIGN`], for the sake of
+/// [`direct()`]. `None` if offsets would overflow.
 ///
 /// `files` are the sizes in bytes. Headers are not part of the region.
 pub fn packed(files: &[u64], tensors: &[Tensor], picks: Option<&[Pick]>) -> Option<Layout> {
@@ -228,13 +231,19 @@ impl Layout {
     }
 
     fn place_packed(&mut self, file: u32, mut runs: Runs) -> Option<u64> {
-        let place = self.bytes;
         let nbytes = runs.bytes.checked_mul(runs.count)?;
+        if runs.stride == runs.bytes {
+            runs = Runs { offset: runs.offset, bytes: nbytes, stride: nbytes, count: 1 };
+        }
+        let could_agree = runs.count == 1 && runs.offset.is_multiple_of(TENSOR_ALIGN);
+        let gap = if could_agree && nbytes >= DIRECT_BYTES_MIN {
+            (runs.offset % BLOCK_ALIGN + BLOCK_ALIGN - self.bytes % BLOCK_ALIGN) % BLOCK_ALIGN
+        } else {
+            0
+        };
+        let place = self.bytes.checked_add(gap)?;
         self.bytes = place.checked_add(nbytes)?.checked_next_multiple_of(TENSOR_ALIGN)?;
         if nbytes > 0 {
-            if runs.stride == runs.bytes {
-                runs = Runs { offset: runs.offset, bytes: nbytes, stride: nbytes, count: 1 };
-            }
             self.extents.push(Extent { file, runs, place });
         }
         Some(place)

@@ -4,7 +4,7 @@
 //! storage is read once, whatever number of regions wants bytes of it.
 
 use super::moves::{GAP_BYTES_MAX, MOVES_MAX, Plan};
-use super::{BLOCK_ALIGN, Copy, Extent, Layout, Target};
+use super::{BLOCK_ALIGN, Copy, Direct, Extent, Layout, Target};
 use crate::catalog::select::Runs;
 
 /// A range of a file that is read.
@@ -12,8 +12,9 @@ type Range = std::ops::Range<u64>;
 
 /// Cuts `layouts` into reads of at most `block_bytes`; copies name a region by its place among `layouts`.
 ///
-/// `files` are the sizes in bytes. `None` if a count overflows, or there are more than [`MOVES_MAX`] reads or copies.
-pub fn scatter(layouts: &[Layout], files: &[u64], block_bytes: u64) -> Option<Plan> {
+/// `files` are the sizes in bytes; what is in `direct` is left out. `None` if a count overflows, or there are more than
+/// [`MOVES_MAX`] reads or copies.
+pub fn scatter(layouts: &[Layout], files: &[u64], direct: &Direct, block_bytes: u64) -> Option<Plan> {
     let mut plan = Plan::default();
     let whole = layouts.iter().any(|layout| layout.whole);
     for (file, file_bytes) in (0u32..).zip(files.iter().copied()) {
@@ -25,6 +26,7 @@ pub fn scatter(layouts: &[Layout], files: &[u64], block_bytes: u64) -> Option<Pl
         extents.sort_by_key(|(_, extent)| extent.runs.offset);
         // All of a file is read even if nobody wants its header: the digest is taken over every byte.
         let ranges = if whole { std::iter::once(0..file_bytes).collect() } else { cover(&extents)? };
+        let ranges = direct.holes(file, ranges);
         let mut coming = extents.into_iter().peekable();
         let mut active: Vec<(u32, &Extent)> = Vec::new();
         for range in ranges {

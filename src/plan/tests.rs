@@ -170,7 +170,7 @@ fn absurd_sizes_are_refused_not_wrapped() {
 
 /// Fills the regions of `layouts` by one plan, and checks what every such plan must hold.
 fn execute_scatter(layouts: &[Layout], files: &[u64]) -> (Vec<Vec<u8>>, Plan) {
-    let plan = scatter(layouts, files, BLOCK).unwrap();
+    let plan = scatter(layouts, files, &Direct::default(), BLOCK).unwrap();
     let mut regions: Vec<Vec<u8>> =
         layouts.iter().map(|layout| vec![0; usize::try_from(layout.bytes).unwrap()]).collect();
     let mut last = (0, 0);
@@ -242,4 +242,107 @@ proptest! {
             prop_assert!(region[..(rows * row_bytes) as usize] == bytes_of(0, runs)[..]);
         }
     }
+}
+
+/// Carries out what of `layouts` goes directly and the rest by slots; → the regions, and how often each byte of the files was
+/// read.
+fn execute_direct(layouts: &[Layout], files: &[u64], missed: bool) -> (Vec<Vec<u8>>, Vec<Vec<u8>>, Direct) {
+    let direct = direct(layouts, files.len(), |_, _| true).unwrap();
+    let mut plans = vec![scatter(layouts, files, &direct, BLOCK).unwrap()];
+    let mut regions: Vec<Vec<u8>> =
+        layouts.iter().map(|layout| vec![0; usize::try_from(layout.bytes).unwrap()]).collect();
+    let mut read: Vec<Vec<u8>> = files.iter().map(|bytes| vec![0; *bytes as usize]).collect();
+    if missed {
+        let all: Vec<u32> = (0..direct.reads.len() as u32).collect();
+        let again = direct.by_slots(&all, files, BLOCK).unwrap();
+        assert_eq!(again.copies.len(), direct.pieces.len());
+        plans.push(again);
+    }
+    for plan in &plans {
+        for step in &plan.moves {
+            let end = step.offset + u64::from(step.expect_bytes);
+            read[step.file as usize][step.offset as usize..end as usize].iter_mut().for_each(|n| *n += 1);
+            let slot: Vec<u8> = (step.offset..end).map(|at| byte(step.file, at)).collect();
+            for copy in plan.copies_of(step) {
+                carry_out(copy, &slot, &mut regions[copy.region as usize]);
+            }
+        }
+    }
+    for one in direct.reads.iter().filter(|_| !missed) {
+        assert!([one.offset, one.place, one.bytes].iter().all(|number| number % BLOCK_ALIGN == 0));
+        assert!(one.bytes <= DIRECT_BYTES_MAX && one.range().end <= files[one.file as usize]);
+        let mut at = one.offset;
+        for piece in direct.pieces_of(one) {
+            assert_eq!((piece.offset, piece.place - one.place), (at, at - one.offset));
+            let chunk = CHUNK_BYTES;
+            assert_eq!(piece.offset / chunk, (piece.offset + piece.bytes - 1) / chunk, "one chunk");
+            at += piece.bytes;
+        }
+        assert_eq!(at, one.range().end);
+        read[one.file as usize][one.offset as usize..at as usize].iter_mut().for_each(|n| *n += 1);
+        let bytes: Vec<u8> = (one.offset..at).map(|at| byte(one.file, at)).collect();
+        regions[one.region as usize][one.place as usize..][..bytes.len()].copy_from_slice(&bytes);
+    }
+    (regions, read, direct)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn what_agrees_goes_directly_and_everything_arrives_once(
+        sizes in prop::collection::vec((1u64..(2 << 20), 0u64..3, 0u64..3000), 1..7), header in 1u64..20,
+        aligned: bool, missed: bool
+    ) {
+        // Tensors on multiples of 512 bytes or anywhere, some with gaps between them.
+        let mut at = if aligned { header * 512 } else { header * 8 };
+        let tensors: Vec<_> = sizes.iter().map(|(bytes, kind, gap)| {
+            let bytes = if *kind > 0 { bytes.next_multiple_of(512) } else { *bytes };
+            let gap = if *kind == 2 { gap - gap % 512 } else { 0 };
+            at += gap + bytes;
+            tensor(0, at - bytes, bytes, 1)
+        }).collect();
+        let files = [at + 100];
+        let layout = packed(&files, &tensors, None).unwrap();
+        let (regions, read, direct) = execute_direct(std::slice::from_ref(&layout), &files, missed);
+        prop_assert!(read[0].iter().all(|times| *times == 1), "each byte is read once");
+        for (placed, tensor) in layout.tensors.iter().zip(&tensors) {
+            prop_assert_eq!(placed.offset % TENSOR_ALIGN, 0);
+            let runs = Runs { offset: tensor.offset, bytes: tensor.nbytes, stride: tensor.nbytes, count: 1 };
+            let range = placed.offset as usize..(placed.offset + placed.nbytes) as usize;
+            prop_assert!(regions[0][range] == bytes_of(0, &runs)[..]);
+            // All but the edges of what begins on a multiple of 512 goes directly.
+            if tensor.offset % 512 == 0 && tensor.nbytes >= DIRECT_BYTES_MIN + 2 * BLOCK_ALIGN {
+                let inside = |read: &DirectRead| {
+                    let (start, end) = (tensor.offset, tensor.offset + tensor.nbytes);
+                    read.range().end.min(end).saturating_sub(read.offset.max(start))
+                };
+                let bytes: u64 = direct.reads.iter().map(inside).sum();
+                prop_assert!(bytes + 2 * BLOCK_ALIGN > tensor.nbytes);
+            }
+            // A piece is of one tensor.
+            for piece in &direct.pieces {
+                let (start, end) = (piece.place, piece.place + piece.bytes);
+                let (first, last) = (placed.offset, placed.offset + placed.nbytes);
+                prop_assert!(end <= first || start >= last || (start >= first && end <= last));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_several_ranks_want_is_read_once_and_by_slots() {
+    let tensors = [tensor(0, 4096, 2 << 20, 1), tensor(0, 4096 + (2 << 20), 2 << 20, 1)];
+    let files = [4096 + (4 << 20)];
+    let pick = |index: usize| {
+        let tensor: &Tensor = &tensors[index];
+        let runs = Runs { offset: tensor.offset, bytes: tensor.nbytes, stride: tensor.nbytes, count: 1 };
+        Pick { tensor: index, shape: vec![tensor.nbytes], runs }
+    };
+    let both = packed(&files, &tensors, Some(&[pick(0), pick(1)])).unwrap();
+    let second = packed(&files, &tensors, Some(&[pick(1)])).unwrap();
+    let (_, read, direct) = execute_direct(&[both, second], &files, false);
+    assert_eq!(direct.bytes(), 2 << 20);
+    assert!(direct.reads.iter().all(|read| read.region == 0 && read.range().end <= 4096 + (2 << 20)));
+    assert!(read[0][4096..].iter().all(|times| *times == 1));
 }

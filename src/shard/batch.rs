@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use tokio::sync::mpsc;
 
+use super::direct::DirectShare;
 use crate::error::Error;
 use crate::plan::{Move, Plan, Target};
 use crate::sys::cuda::DeviceMemory;
@@ -14,7 +15,7 @@ use crate::sys::mem::Memory;
 /// How bytes arrived, as observed (invariant 10).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
-    /// Read past the page cache, in place.
+    /// Read past the page cache, in place; to a GPU: by the drive itself, as cuFile's counters say.
     Direct,
     /// Read past the page cache into a slot and copied to its place.
     Staged,
@@ -24,13 +25,16 @@ pub enum Path {
     Buffered,
     /// Copied from the host tier to a GPU, by the GPU.
     Host,
+    /// Read to a GPU by cuFile, by way of host memory though it was to go directly.
+    Compat,
 }
 
 impl Path {
     /// All of them, in the order of the counters.
-    pub const ALL: [Path; 5] = [Path::Direct, Path::Staged, Path::Cached, Path::Buffered, Path::Host];
+    pub const ALL: [Path; 6] =
+        [Path::Direct, Path::Staged, Path::Cached, Path::Buffered, Path::Host, Path::Compat];
 
-    /// `direct`, `staged`, `cached`, `buffered` or `host`.
+    /// `direct`, `staged`, `cached`, `buffered`, `host` or `compat`.
     pub fn as_str(self) -> &'static str {
         match self {
             Path::Direct => "direct",
@@ -38,6 +42,7 @@ impl Path {
             Path::Cached => "cached",
             Path::Buffered => "buffered",
             Path::Host => "host",
+            Path::Compat => "compat",
         }
     }
 }
@@ -132,6 +137,14 @@ impl Regions {
             Regions::Devices(_) => &[],
         }
     }
+
+    /// The place of the device of a region.
+    pub fn device(&self, region: u32) -> Option<usize> {
+        match self {
+            Regions::Host(_) => None,
+            Regions::Devices(regions) => regions.get(region as usize).map(|region| region.device),
+        }
+    }
 }
 
 /// What shard threads work on together.
@@ -143,6 +156,8 @@ pub struct Batch {
     pub files: Vec<BatchFile>,
     /// Where to.
     pub regions: Regions,
+    /// What goes directly from drives to GPUs, beside the plan.
+    pub direct: Option<DirectShare>,
     /// Checksums of the chunks of the files, in the order of the plan.
     pub checks: Box<[AtomicU64]>,
     /// Checksums of what each of the plan's copies puts in its place; only for GPUs, whose memory the CPU cannot read.
@@ -165,8 +180,14 @@ impl Batch {
             plan,
             files,
             regions,
+            direct: None,
             progress,
         }
+    }
+
+    /// Bytes that have to arrive, by both ways.
+    pub fn bytes(&self) -> u64 {
+        self.plan.bytes + self.direct.as_ref().map_or(0, |share| share.plan.bytes())
     }
 
     /// Where the checksums of a move's copies go.
@@ -184,6 +205,8 @@ impl Batch {
 #[derive(Debug, Default)]
 pub struct Progress {
     bytes: [AtomicU64; Path::ALL.len()],
+    /// Arrived, by a path that is not proven yet.
+    unproven: AtomicU64,
     nanos: [AtomicU64; Phase::ALL.len()],
     stopped: AtomicBool,
     failure: OnceLock<Error>,
@@ -197,7 +220,8 @@ impl Progress {
 
     /// Bytes that have arrived and were checksummed.
     pub fn bytes_total(&self) -> u64 {
-        Path::ALL.iter().map(|path| self.bytes(*path)).sum()
+        let proven: u64 = Path::ALL.iter().map(|path| self.bytes(*path)).sum();
+        proven + self.unproven.load(Ordering::Relaxed)
     }
 
     /// Nanoseconds that shard threads spent in a phase while they worked on this batch.
@@ -223,6 +247,17 @@ impl Progress {
     /// Bytes have arrived.
     pub fn arrived(&self, path: Path, bytes: u64) {
         self.bytes[path as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes have arrived directly, or so it was wanted.
+    pub(super) fn unproven(&self, bytes: u64) {
+        self.unproven.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that have arrived came by `path`, as counters say.
+    pub fn prove(&self, path: Path, bytes: u64) {
+        self.unproven.fetch_sub(bytes, Ordering::Relaxed);
+        self.arrived(path, bytes);
     }
 
     pub(super) fn spent(&self, phase: Phase, nanos: u64) {

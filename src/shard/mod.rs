@@ -5,6 +5,7 @@
 //! allocates nothing while it moves bytes (invariant 3).
 
 mod batch;
+mod direct;
 mod preadv2;
 mod reader;
 mod run;
@@ -29,8 +30,10 @@ use crate::sys::cuda::Context;
 use crate::sys::uring;
 
 pub use batch::{Assignment, Batch, BatchFile, DeviceRegion, Landing, Part, Path, Phase, Progress, Regions};
+pub use direct::{DIRECT_DEPTH, DirectShare, DirectThreads};
 use preadv2::Preadv2;
 use reader::Reader;
+pub use settle::mismatch;
 use uplink::Uplink;
 pub use uplink::copy_error;
 

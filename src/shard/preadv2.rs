@@ -75,8 +75,8 @@ impl Reader for Preadv2 {
         Ok(())
     }
 
-    fn submit(&mut self) -> io::Result<()> {
-        Ok(())
+    fn submit(&mut self) -> io::Result<bool> {
+        Ok(false)
     }
 
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<()> {

@@ -17,8 +17,8 @@ pub(super) trait Reader {
     fn in_flight(&self) -> usize;
     /// Queues a read; gives it back if there is no room.
     fn start(&mut self, read: Read) -> Result<(), Read>;
-    /// Sets the queued reads going.
-    fn submit(&mut self) -> io::Result<()>;
+    /// Sets the queued reads going. Whether there were any.
+    fn submit(&mut self) -> io::Result<bool>;
     /// Waits until a read has ended, the shard was woken, or the time is over; appends what has ended.
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<()>;
     /// Waits for everything in flight. Gives the bytes that had to be leaked.
@@ -47,7 +47,7 @@ impl Reader for Ring {
     fn start(&mut self, read: Read) -> Result<(), Read> {
         Ring::start(self, read)
     }
-    fn submit(&mut self) -> io::Result<()> {
+    fn submit(&mut self) -> io::Result<bool> {
         Ring::submit(self)
     }
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<()> {

@@ -26,7 +26,7 @@ const BATCHES_MAX: usize = 64;
 /// Attempts at one read that the kernel puts off (EAGAIN) before it counts as failed.
 const ATTEMPTS_MAX: u8 = 64;
 /// How long the thread sleeps between two looks at copies to GPUs, if nothing else can happen. A slot of 1 MiB takes 20
-/// to 40 µs on the links of today: with sixteen of them the device does not run dry meanwhile.
+/// to 40 µs on the links of today: with eight of them the device hardly runs dry meanwhile.
 const LANDING_LOOK: Duration = Duration::from_micros(100);
 /// How long a stopping shard waits for the kernel to let go of its reads.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -180,17 +180,25 @@ impl<'a, R: Reader> Runner<'a, R> {
         self.active[place] = Some(Active { assignment, file_slots, lane: 0, next, in_flight: 0 });
     }
 
-    /// Starts reads while there is room.
-    fn begin_reads(&mut self) {
+    /// Sets reads going while there is room, each at once: the drive begins with the first while the second is made
+    /// ready. The kernel holds a batch back until it has all of it.
+    fn begin_reads(&mut self) -> io::Result<()> {
         while self.reader.room() > 0
             && let Some(read) = self.backlog.pop()
         {
             self.hand_over(read);
         }
-        while self.reader.room() > 0 {
-            let Some(at) = self.choose() else { return };
+        loop {
+            let mut clock = Instant::now();
+            if self.reader.submit()? {
+                self.spent_all(Phase::Submit, &mut clock);
+            }
+            if self.reader.room() == 0 {
+                return Ok(());
+            }
+            let Some(at) = self.choose() else { return Ok(()) };
             if !self.begin_next(at) {
-                return;
+                return Ok(());
             }
         }
     }
@@ -275,25 +283,19 @@ impl<'a, R: Reader> Runner<'a, R> {
         }
     }
 
-    /// Sets reads going, deals with those that had ended before, and waits for the next that end.
+    /// Deals with the reads that have ended, sets new ones going, and waits for the next that end.
     ///
-    /// In this order, so that the drive has new reads while this thread computes checksums: some hypervisors tell of
-    /// ended reads only when the queue is empty, and the drive would stand idle.
+    /// A slot that was emptied is read into again before the next one is emptied: some hypervisors tell of ended reads
+    /// only when all have ended, and the drive would stand idle meanwhile.
     /// `may_wait`: whether to wait even if nothing is in flight, as no assignment waits in the mailbox.
     fn turn_over(&mut self, may_wait: impl Fn() -> bool) -> io::Result<()> {
-        self.begin_reads();
-        let mut clock = Instant::now();
-        self.reader.submit()?;
-        if self.reader.in_flight() > 0 {
-            self.spent_all(Phase::Submit, &mut clock);
-        }
         let mut done = std::mem::take(&mut self.done);
         for ended in done.drain(..) {
             self.settle(ended);
+            self.begin_reads()?;
         }
         self.land();
-        // Slots have come back.
-        self.begin_reads();
+        self.begin_reads()?;
         self.end_batches();
         self.publish();
         let mut clock = Instant::now();
@@ -408,7 +410,7 @@ impl<'a, R: Reader> Runner<'a, R> {
                 break;
             };
             if let Some(expected) = expected(file, &piece).filter(|expected| *expected != sum) {
-                batch.progress.fail(mismatch(file, &piece, sum, expected));
+                batch.progress.fail(mismatch(&file.name, &piece, sum, expected));
             }
             batch.checks[step.first_check as usize + number].store(sum, Ordering::Release);
         }

@@ -56,11 +56,12 @@ pub(super) fn expected(file: &BatchFile, piece: &std::ops::Range<u64>) -> Option
     sums.get((piece.start / CHUNK_BYTES) as usize).copied()
 }
 
-pub(super) fn mismatch(file: &BatchFile, piece: &std::ops::Range<u64>, sum: u64, expected: u64) -> Error {
+/// Bytes of a file that are not what they were.
+pub fn mismatch(file: &str, piece: &std::ops::Range<u64>, sum: u64, expected: u64) -> Error {
     let message = format!(
         "{}: bytes {}..{} have checksum {sum:016x}, but had {expected:016x} when this unchanged file was first read: \
          the drive or the memory is at fault",
-        file.name, piece.start, piece.end
+        file, piece.start, piece.end
     );
     Error::new(Code::CatalogChecksumMismatch, message)
 }

@@ -148,7 +148,7 @@ pub(super) fn check(batch: &Batch, step: &Move, slot: &[u8]) {
         let range = (piece.start - step.offset) as usize..(piece.end - step.offset) as usize;
         let sum = checksum::chunk(&slot[range.clone()]);
         if let Some(expected) = expected(file, &piece).filter(|expected| *expected != sum) {
-            batch.progress.fail(mismatch(file, &piece, sum, expected));
+            batch.progress.fail(mismatch(&file.name, &piece, sum, expected));
         }
         batch.checks[step.first_check as usize + number].store(sum, Ordering::Release);
         // Most slots hold a piece of one large tensor: the same bytes need no second look.

@@ -6,6 +6,7 @@
 
 pub mod copy;
 pub mod cuda;
+pub mod cufile;
 pub mod identity;
 pub mod lease;
 pub mod map;

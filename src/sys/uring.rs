@@ -217,11 +217,14 @@ impl Ring {
         unsafe { self.ring.submission().push(entry) }
     }
 
-    /// Hands the queued reads to the kernel. Page faults of the target memory happen in here.
-    pub fn submit(&mut self) -> io::Result<()> {
+    /// Hands the queued reads to the kernel. Page faults of the target memory happen in here. Whether there were any.
+    pub fn submit(&mut self) -> io::Result<bool> {
         if !self.wake_armed {
             let poll = opcode::PollAdd::new(types::Fd(self.wake.as_raw_fd()), libc::POLLIN as u32).build();
             self.wake_armed = self.push(&poll.user_data(WAKE)).is_ok();
+        }
+        if self.ring.submission().is_empty() {
+            return Ok(false);
         }
         match retry(|| self.ring.submit()) {
             // Completions have to be taken first, or memory is short for a moment: `wait` tries again.
@@ -229,9 +232,9 @@ impl Ring {
                 if self.in_flight() > 0
                     && matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) =>
             {
-                Ok(())
+                Ok(true)
             }
-            submitted => submitted.map(drop),
+            submitted => submitted.map(|_| true),
         }
     }
 

@@ -43,7 +43,7 @@ label! {
 label! {
     /// How bytes came, as observed.
     ReadPath {
-        /// Read in place, past the page cache.
+        /// Read in place, past the page cache; to a GPU: by the drive itself.
         Direct = "direct",
         /// Read past the page cache by way of a slot.
         Staged = "staged",
@@ -51,6 +51,8 @@ label! {
         Cached = "cached",
         /// Read through the page cache, because the file system refuses O_DIRECT.
         Buffered = "buffered",
+        /// Read to a GPU by cuFile, by way of host memory.
+        Compat = "compat",
     }
 }
 
@@ -225,6 +227,8 @@ label_set!(ArtifactLabels { device: String, state: ArtifactState });
 label_set!(EvictionLabels { device: String, reason: EvictionReason });
 label_set!(ShardLabels { shard: u32 });
 label_set!(PhaseLabels { shard: u32, phase: Phase });
+label_set!(PairLabels { device: String, drive: String });
+label_set!(DirectRateLabels { device: String, drive: String, path: ReadPath });
 label_set!(ReaderLabels { reader: String, reason: String });
 label_set!(PagesLabels { pages: String, reason: String });
 label_set!(BuildLabels { version: &'static str });

@@ -19,9 +19,9 @@ use prometheus_client::registry::{Metric, Registry, Unit};
 
 use super::gpu::GpuMetrics;
 use super::labels::{
-    ArtifactLabels, BuildLabels, CodeLabels, DeviceLabels, EndedJobLabels, EvictionLabels, MethodLabels,
-    OpenJobLabels, Outcome, PagesLabels, PhaseLabels, ReadLabels, ReaderLabels, RefusalLabels, RequestLabels,
-    ShardLabels, SourceLabels,
+    ArtifactLabels, BuildLabels, CodeLabels, DeviceLabels, DirectRateLabels, EndedJobLabels, EvictionLabels,
+    MethodLabels, OpenJobLabels, Outcome, PagesLabels, PairLabels, PhaseLabels, ReadLabels, ReaderLabels,
+    RefusalLabels, RequestLabels, ShardLabels, SourceLabels,
 };
 pub use super::labels::{
     ArtifactState, EndedJob, EvictionReason, Method, OpenJob, Phase, ReadPath, Refusal, Source,
@@ -69,6 +69,8 @@ pub struct Metrics {
     pub demoted_bytes: Counter,
     /// Bytes that GPUs have copied from the host tier.
     pub promoted_bytes: Counter,
+    /// Bytes that the direct path failed to bring, and that came by slots instead.
+    pub direct_fallback_bytes: Counter,
 
     attach_seconds: Histogram,
     wait_seconds: Seconds,
@@ -91,6 +93,8 @@ pub struct Metrics {
     shard_reads_in_flight: Family<ShardLabels, Gauge>,
     shard_slots_bytes: Family<ShardLabels, Gauge>,
     shard_seconds: Family<PhaseLabels, Seconds>,
+    direct_used: Family<PairLabels, Gauge>,
+    direct_rate: Family<DirectRateLabels, Gauge<f64, AtomicU64>>,
     reader_info: Family<ReaderLabels, Gauge>,
     pages_info: Family<PagesLabels, Gauge>,
 }
@@ -150,6 +154,17 @@ impl Metrics {
             shard_seconds: t.seconds("shard", "Time of a shard thread, by phase", Family::default()),
             demoted_bytes: t.bytes("demoted", "Copied from GPUs to the host tier", Counter::default()),
             promoted_bytes: t.bytes("promoted", "Copied from the host tier to GPUs", Counter::default()),
+            direct_fallback_bytes: t.bytes(
+                "direct_fallback",
+                "Read by way of slots because the direct path failed",
+                Counter::default(),
+            ),
+            direct_used: t.add("direct_used", "Whether a drive writes to a GPU by itself", Family::default()),
+            direct_rate: t.add(
+                "direct_measured_bytes_per_second",
+                "Measured from a drive to a GPU, by path",
+                Family::default(),
+            ),
             staging_leaked_bytes: t.bytes(
                 "staging_leaked",
                 "Staging memory given up because its reads could not be drained",
@@ -206,6 +221,7 @@ impl Metrics {
             staged_bytes: path(ReadPath::Staged),
             cached_bytes: path(ReadPath::Cached),
             buffered_bytes: path(ReadPath::Buffered),
+            compat_bytes: path(ReadPath::Compat),
             errors: self.read_errors.get_or_create_owned(&SourceLabels { source }),
         }
     }
@@ -245,6 +261,18 @@ impl Metrics {
             evicted_stale: evictions(EvictionReason::Stale),
             evicted_lost: evictions(EvictionReason::Lost),
         }
+    }
+
+    /// What was measured from a drive to a GPU, directly and by slots, in bytes per second, and whether it is used.
+    pub fn direct_path(&self, device: &str, drive: &str, rates: (Option<f64>, Option<f64>), used: bool) {
+        let (device, drive) = (device.to_owned(), drive.to_owned());
+        for (path, rate) in [(ReadPath::Direct, rates.0), (ReadPath::Staged, rates.1)] {
+            if let Some(rate) = rate {
+                let labels = DirectRateLabels { device: device.clone(), drive: drive.clone(), path };
+                self.direct_rate.get_or_create(&labels).set(rate);
+            }
+        }
+        self.direct_used.get_or_create(&PairLabels { device, drive }).set(used.into());
     }
 
     /// A request was answered: with success, or with the error of this code (which is counted too).
@@ -325,6 +353,8 @@ pub struct ReadMetrics {
     pub cached_bytes: Counter,
     /// Bytes read through the page cache, because the file system refuses O_DIRECT.
     pub buffered_bytes: Counter,
+    /// Bytes read to GPUs by cuFile, by way of host memory.
+    pub compat_bytes: Counter,
     /// Reads that failed after retries.
     pub errors: Counter,
 }

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use super::load::{Prepared, blocking, sums, too_large, too_many_reads};
+use super::direct::Settling;
+use super::landed::{Chunk, Landed};
+use super::load::{Prepared, blocking, too_large, too_many_reads};
 use super::{Job, Jobs, Target};
-use crate::checksum;
+use crate::checksum::CHUNK_BYTES;
 use crate::error::{Code, Error, Result};
-use crate::plan::{self, Copy, Plan};
-use crate::shard::{Batch, DeviceRegion, Regions};
+use crate::plan;
+use crate::shard::{Batch, DeviceRegion, Regions, mismatch};
 use crate::sys::cuda::DeviceMemory;
 use crate::tier::DeviceId;
 use crate::tier::residency::{Content, Grant, Region};
@@ -57,33 +59,102 @@ impl Jobs {
             let digest = sources.first().and_then(|source| source.content.digest.clone());
             return Ok(contents(prepared, digest, checks, taken));
         }
-        let block = self.config.borrow().data_plane.block_bytes;
-        let planned = blocking(move || {
-            let plan =
-                plan::scatter(&prepared.layouts, &prepared.sizes(), block).ok_or_else(too_many_reads)?;
-            Ok((prepared, plan))
-        });
-        let (prepared, plan) = planned.await?;
-        job.begin(plan.bytes);
-        let regions = taken
-            .iter()
-            .map(|taken| DeviceRegion { device: taken.device, memory: Arc::clone(&taken.memory) });
-        let regions = Regions::Devices(regions.collect());
-        let batch = Batch::new(plan, self.batch_files(&prepared), regions, Arc::clone(&job.progress));
-        let (outcome, batch) = self.carry_out(job, batch, &prepared.files, priority).await;
-        outcome?;
-        let batch =
-            batch.ok_or_else(|| Error::new(Code::Internal, "a shard thread did not give the job back"))?;
-        let digest = self.digest(&prepared, &batch.checks).await;
-        let (plan, sums) = (batch.plan, sums(&batch.copy_checks));
+        let (prepared, landed) = self.fill(job, prepared, priority, taken).await?;
+        let files = Arc::clone(&prepared.files);
         let checked = blocking(move || {
-            let regions = prepared.layouts.iter().zip(0u32..);
             let sizes = prepared.sizes();
-            let checks = regions.map(|(layout, region)| checks(&plan, &sums, region, &layout.pieces(&sizes)));
-            Ok((checks.collect::<Vec<_>>(), prepared))
+            let chunks = landed.chunks(&sizes);
+            as_known(&prepared, &chunks)?;
+            let regions = prepared.layouts.iter().zip(0u32..);
+            let checks = regions.map(|(layout, region)| landed.of_region(region, &layout.pieces(&sizes)));
+            let checks: Vec<_> = checks.collect();
+            Ok((prepared, chunks, checks))
         });
-        let (checks, prepared) = checked.await?;
+        let (prepared, chunks, checks) = match checked.await {
+            Ok(checked) => checked,
+            Err(error) => {
+                self.doubt(&error, &files).await;
+                return Err(error.kept("nothing of this load; its memory was given back"));
+            }
+        };
+        let sums: Vec<u64> = chunks.iter().map(|chunk| chunk.sum).collect();
+        let digest = self.digest(&prepared, &sums).await;
+        for taken in taken.iter() {
+            self.direct.learn(&prepared.files, taken.device);
+        }
         Ok(contents(prepared, digest, checks, taken))
+    }
+
+    /// Reads everything to its place: directly where that is used, else by slots.
+    async fn fill(
+        &self,
+        job: &Job,
+        prepared: Prepared,
+        priority: i32,
+        taken: &[Taken],
+    ) -> Result<(Prepared, Landed)> {
+        let devices: Vec<_> = taken.iter().map(|taken| (taken.device, Arc::clone(&taken.memory))).collect();
+        let regions = || {
+            let regions = devices
+                .iter()
+                .map(|(device, memory)| DeviceRegion { device: *device, memory: Arc::clone(memory) });
+            Regions::Devices(regions.collect())
+        };
+        let block = self.config.borrow().data_plane.block_bytes;
+        // Which files go directly to which region.
+        let used: Vec<Vec<bool>> = devices
+            .iter()
+            .map(|(gpu, _)| prepared.files.iter().map(|file| self.direct.used(file, *gpu)).collect())
+            .collect();
+        let planned = blocking(move || {
+            let wanted = |region: u32, file: u32| used[region as usize][file as usize];
+            let reads = plan::direct(&prepared.layouts, prepared.files.len(), wanted);
+            Ok((reads.ok_or_else(too_many_reads)?, prepared))
+        });
+        let (reads, prepared) = planned.await?;
+        let ready = self.direct.prepare(reads, &prepared.files, &devices).await?;
+        let (share, before) = match ready {
+            Some(ready) => (Some(ready.share), ready.before),
+            None => (None, Vec::new()),
+        };
+        let planned = blocking(move || {
+            let reads = share.as_ref().map(|share| share.plan.clone()).unwrap_or_default();
+            let plan = plan::scatter(&prepared.layouts, &prepared.sizes(), &reads, block);
+            Ok((plan.ok_or_else(too_many_reads)?, share, prepared))
+        });
+        let (plan, share, prepared) = planned.await?;
+        let mut batch = Batch::new(plan, self.batch_files(&prepared), regions(), Arc::clone(&job.progress));
+        batch.direct = share;
+        job.begin(batch.bytes());
+        let (outcome, batch) = self.carry_out(job, batch, &prepared.files, priority).await;
+        let mut batch =
+            batch.ok_or_else(|| Error::new(Code::Internal, "a shard thread did not give the job back"));
+        let mut landed = Landed::default();
+        let mut missed = None;
+        if let Ok(batch) = &mut batch
+            && let Some(share) = batch.direct.take()
+        {
+            let came = Settling::of(&share, before, |region| batch.regions.device(region));
+            landed.directly(&share);
+            // Registered memory and files: given back before anything is freed, and not on this thread.
+            let plan = blocking(move || Ok(share.into_plan())).await?;
+            let reads = self.direct.settle(came, &job.progress, &prepared.files).await?;
+            missed = Some((plan, reads)).filter(|(_, reads)| !reads.is_empty());
+        }
+        outcome?;
+        landed.by_slots(&batch?);
+        if let Some((reads, missed)) = missed {
+            let sizes = prepared.sizes();
+            let plan = reads.by_slots(&missed, &sizes, block).ok_or_else(too_many_reads)?;
+            let batch = Batch::new(plan, self.batch_files(&prepared), regions(), Arc::clone(&job.progress));
+            let (outcome, batch) = self.carry_out(job, batch, &prepared.files, priority).await;
+            outcome?;
+            let batch = batch
+                .ok_or_else(|| Error::new(Code::Internal, "a shard thread did not give the job back"))?;
+            landed.by_slots(&batch);
+        }
+        landed.sort();
+        Ok((prepared, landed))
     }
 
     /// Takes memory on each device, in the order of the devices: two jobs never wait for each other's.
@@ -164,18 +235,18 @@ fn contents(
     contents.collect()
 }
 
-/// The checksum of each piece of a region, put together from those of the copies that filled it.
-fn checks(plan: &Plan, sums: &[u64], region: u32, pieces: &[(u64, u64)]) -> Box<[u64]> {
-    let own = plan.copies.iter().zip(sums).filter(|(copy, _)| copy.region == region);
-    let mut own: Vec<(&Copy, &u64)> = own.collect();
-    own.sort_by_key(|(copy, _)| copy.region_offset);
-    let checks = pieces.iter().map(|(offset, bytes)| {
-        let end = offset + bytes;
-        let first = own.partition_point(|(copy, _)| copy.region_offset < *offset);
-        let inside = own[first..].iter().take_while(|(copy, _)| copy.region_offset < end);
-        inside.fold(checksum::EMPTY, |sum, (copy, next)| {
-            checksum::combine(sum, **next, copy.bytes * copy.count)
-        })
-    });
-    checks.collect()
+/// Compares chunks with what they were when these files were first read. What came by slots was compared when it came;
+/// a chunk that came directly, or by both ways, is compared here.
+fn as_known(prepared: &Prepared, chunks: &[Chunk]) -> Result<()> {
+    let Some(known) = &prepared.known else { return Ok(()) };
+    for chunk in chunks {
+        let file = &prepared.files[chunk.file as usize];
+        let expected = known.chunks()[chunk.file as usize].get(chunk.number as usize).copied();
+        if let Some(expected) = expected.filter(|expected| *expected != chunk.sum) {
+            let start = chunk.number * CHUNK_BYTES;
+            let range = start..(start + CHUNK_BYTES).min(file.stamp.bytes);
+            return Err(mismatch(&file.name, &range, chunk.sum, expected));
+        }
+    }
+    Ok(())
 }

@@ -45,7 +45,7 @@ impl Jobs {
         ahead.end().await;
         let checks = batch.as_ref().map(|batch| sums(&batch.checks)).unwrap_or_default();
         let digest = match (&outcome, &batch) {
-            (Ok(()), Some(batch)) => self.digest(&prepared, &batch.checks).await,
+            (Ok(()), Some(_)) => self.digest(&prepared, &checks).await,
             _ => None,
         };
         let chunks = batch.as_ref().map(chunks).unwrap_or_default();

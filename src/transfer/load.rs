@@ -15,7 +15,7 @@ use crate::checksum::CHUNK_BYTES;
 use crate::config::Limits;
 use crate::error::{Code, Error, Result};
 use crate::plan::{self, Layout, Plan};
-use crate::shard::{Assignment, Batch, BatchFile};
+use crate::shard::{Assignment, Batch, BatchFile, DirectShare};
 use crate::source::file::OpenFile;
 use crate::telemetry::labels::{EndedJob, Source};
 use crate::tier::DeviceId;
@@ -114,7 +114,7 @@ impl Jobs {
     ) -> (Result<()>, Option<Batch>) {
         let lanes = self.lanes(&batch.plan, files);
         let batch = Arc::new(batch);
-        let total = batch.plan.bytes;
+        let total = job.progress.bytes_total() + batch.bytes();
         let (home, mut back) = mpsc::channel(self.shards.len());
         for (shard, moves) in lanes.into_iter().enumerate().filter(|(_, moves)| !moves.is_empty()) {
             let assignment = Assignment { batch: Arc::clone(&batch), moves, priority, home: home.clone() };
@@ -123,6 +123,7 @@ impl Jobs {
                     .fail(Error::new(Code::JobTooMany, format!("the mailbox of shard {shard} is full")));
             }
         }
+        self.direct.send(&batch, |region| batch.regions.device(region), &home);
         drop(home);
         let mut reason = None;
         loop {
@@ -136,11 +137,12 @@ impl Jobs {
                 }
             }
         }
+        let missed = batch.direct.as_ref().map_or(0, DirectShare::missed_bytes);
         let mut outcome = match (reason, job.progress.failure()) {
             (Some(reason), _) => Err(reason),
             (None, Some(error)) => Err(error.clone()),
             // Every byte must have been seen: a shard thread that ended early has reported nothing.
-            (None, None) if job.progress.bytes_total() != total => {
+            (None, None) if job.progress.bytes_total() + missed != total => {
                 Err(Error::new(Code::Internal, "a shard thread ended before it had read everything"))
             }
             (None, None) => Ok(()),
@@ -170,11 +172,13 @@ impl Jobs {
     }
 
     /// The digest of what was read: known before, or of the manifest that is made of files that were read whole.
-    pub(super) async fn digest(&self, prepared: &Prepared, checks: &[AtomicU64]) -> Option<String> {
+    ///
+    /// `checks` are the checksums of all chunks of all files, in order.
+    pub(super) async fn digest(&self, prepared: &Prepared, checks: &[u64]) -> Option<String> {
         match &prepared.known {
             Some(manifest) => Some(manifest.digest().to_owned()),
             None if prepared.layouts.iter().any(|layout| layout.whole) => {
-                self.remember(Arc::clone(&prepared.files), &prepared.description, &sums(checks)).await
+                self.remember(Arc::clone(&prepared.files), &prepared.description, checks).await
             }
             None => None,
         }
@@ -227,7 +231,7 @@ impl Jobs {
     }
 
     /// Bytes that differ from what was remembered: whichever is wrong, the next load starts without the memory of it.
-    async fn doubt(&self, error: &Error, files: &Arc<Vec<OpenFile>>) {
+    pub(super) async fn doubt(&self, error: &Error, files: &Arc<Vec<OpenFile>>) {
         if error.code != Code::CatalogChecksumMismatch {
             return;
         }

@@ -3,10 +3,12 @@
 //! A job is driven on the control thread and moves its bytes on shard threads. Whatever way it ends, its memory is
 //! either resident or given back (invariants 2 and 11): it waits for every read in flight before it lets go.
 
+mod direct;
 mod gate;
 mod gpu;
 mod host;
 mod job;
+mod landed;
 mod load;
 mod promote;
 mod verify;
@@ -17,6 +19,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use direct::DirectPath;
 pub use gate::{Entered, HeaderGate};
 pub use job::{Interest, Job, JobId};
 pub use load::blocking;
@@ -112,6 +115,7 @@ pub struct Jobs {
     store: Option<Arc<Store>>,
     headers: Rc<HeaderGate>,
     metrics: Arc<Metrics>,
+    direct: Rc<DirectPath>,
     config: RefCell<Rc<config::Config>>,
     table: RefCell<BTreeMap<JobId, Rc<Job>>>,
     next: Cell<JobId>,
@@ -129,7 +133,11 @@ impl Jobs {
         metrics: Arc<Metrics>,
         config: Rc<config::Config>,
     ) -> Rc<Jobs> {
+        let contexts = residency.gpus().iter().map(|gpu| Arc::clone(gpu.context())).collect();
+        let options = shards.first().map(|shard| shard.options().clone());
+        let direct = DirectPath::new(&config.gpu, contexts, options, Arc::clone(&metrics));
         Rc::new(Jobs {
+            direct,
             residency,
             shards,
             lane_of,
@@ -141,6 +149,11 @@ impl Jobs {
             next: Cell::new(1),
             draining: Cell::new(false),
         })
+    }
+
+    /// Drives that write to GPUs by themselves.
+    pub fn direct(&self) -> &DirectPath {
+        &self.direct
     }
 
     /// Takes over reloaded limits.

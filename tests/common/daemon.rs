@@ -239,6 +239,12 @@ impl Daemon {
         rustix::process::pidfd_send_signal(&self.pidfd, Signal::HUP).unwrap();
     }
 
+    /// Its state directory.
+    #[allow(dead_code, reason = "not every test file needs it")]
+    pub fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
     /// What it wrote so far.
     pub fn log(&self) -> String {
         fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()

@@ -14,6 +14,13 @@ use super::model::Model;
 /// Set in the process that has the simulated libcuda: where its machine is.
 const INSIDE: &str = "CUDA_SIM_DIR";
 
+/// Magic numbers of file systems.
+const EXT4: u64 = 0xef53;
+const XFS: u64 = 0x5846_5342;
+
+/// Environment variables of one run.
+pub type Variables<'a> = &'a [(&'a str, &'a str)];
+
 /// Has the rest of a test run on simulated GPUs of so many MiB each, in a process of its own.
 #[allow(unused_macros, reason = "each test binary uses its part of the harness")]
 macro_rules! on_gpus {
@@ -28,20 +35,53 @@ macro_rules! on_gpus {
 #[allow(unused_imports, reason = "each test binary uses its part of the harness")]
 pub(crate) use on_gpus;
 
+/// The same on these devices, with a simulated cuFile on a node that is able to this much (`CUFILE_SIM_MODE`).
+#[allow(unused_macros, reason = "each test binary uses its part of the harness")]
+macro_rules! on_gpus_with_cufile {
+    ($devices:expr, $mode:literal) => {
+        fn here() {}
+        let more = [("CUFILE_SIM_MODE", $mode)];
+        if !$crate::common::gpu::simulated_with_cufile(std::any::type_name_of_val(&here), &$devices, &more) {
+            return;
+        }
+    };
+}
+#[allow(unused_imports, reason = "each test binary uses its part of the harness")]
+pub(crate) use on_gpus_with_cufile;
+
 /// Whether this process has simulated GPUs. If not, the test around `here` is run again in one that has, and must pass
 /// there.
 #[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
 pub fn simulated(here: &str, devices: &Value) -> bool {
+    std::env::var(INSIDE).is_ok() || run_on(&Machine::new(), here, devices, &[])
+}
+
+/// The same, with a simulated cuFile (`ffi/cuda-sim/cufile`). Does nothing where the files of tests are on a file system that
+/// it cannot read directly, as the real one cannot.
+#[allow(clippy::disallowed_methods, reason = "how a test process knows which one it is")]
+pub fn simulated_with_cufile(here: &str, devices: &Value, more: Variables<'_>) -> bool {
     if std::env::var(INSIDE).is_ok() {
         return true;
     }
-    let name = here.rsplit("::").nth(1).unwrap();
+    let kind = rustix::fs::statfs(env!("CARGO_TARGET_TMPDIR")).unwrap().f_type;
+    if ![EXT4, XFS].contains(&(kind as u64)) {
+        eprintln!("skipped: the build is neither on ext4 nor on XFS");
+        return false;
+    }
     let machine = Machine::new();
+    symlink(library("libcufile_sim.so"), machine.libraries().join("libcufile.so.0")).unwrap();
+    run_on(&machine, here, devices, more)
+}
+
+/// Runs a test again on a machine. → `false`: it has been run.
+fn run_on(machine: &Machine, here: &str, devices: &Value, more: Variables<'_>) -> bool {
+    let name = here.rsplit("::").nth(1).unwrap();
     let status = Command::new(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
         .env("LD_LIBRARY_PATH", machine.libraries())
         .env(INSIDE, machine.directory.path())
         .env("CUDA_SIM_DEVICES", devices.to_string())
+        .envs(more.iter().copied())
         .status()
         .unwrap();
     assert!(status.success(), "{name} on simulated GPUs: {status}");

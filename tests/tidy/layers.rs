@@ -7,16 +7,18 @@ const COMMON: &[&str] = &["error", "config", "telemetry"];
 const API: &[&str] = &["api::methods", "api::call", "api::wire", "api::scm", "api::schema"];
 
 /// What the running daemon is made of.
-const NODE: &[&str] =
-    &["topology", "transfer", "tier", "catalog", "source", "plan", "shard", "staging", "sys", "checksum"];
+const NODE: &[&str] = &[
+    "topology", "transfer", "probe", "tier", "catalog", "source", "plan", "shard", "staging", "sys",
+    "checksum",
+];
 
 /// (module, what it may use beside itself and [`COMMON`]). The longest entry that matches a file decides. The order is
 /// the way of a byte: a layer calls only what stands below it in this list, and shares the API's types.
 const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     ("cli::serve", &["daemon", "cli"]),
-    ("cli::doctor", &["cli", "topology", "staging", "sys"]),
-    ("cli", &["client", "API", "topology"]),
+    ("cli::doctor", &["cli", "topology", "probe", "staging", "sys"]),
+    ("cli", &["client", "API", "topology", "probe"]),
     ("client", &["API", "sys::cuda", "sys::map", "topology"]),
     ("daemon", &["api", "node", "NODE", "json"]),
     ("api::methods", &[]),
@@ -27,6 +29,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("api", &["node", "topology", "transfer", "tier", "catalog", "source", "sys", "json"]),
     ("node", &["API", "NODE", "json"]),
     ("transfer", &["API", "NODE", "json"]),
+    ("probe", &["plan", "shard", "sys"]),
     ("tier", &["API", "catalog", "plan", "source", "sys", "checksum", "json"]),
     ("catalog", &["API", "source", "sys", "checksum", "json"]),
     ("source", &["sys", "json"]),

@@ -82,6 +82,42 @@ pub struct GpuStatus {
     pub held_bytes: u64,
     /// The driver's calls fail: nothing is loaded there until the daemon is restarted.
     pub lost: bool,
+    /// What is known of the direct path from each drive that was loaded from. Empty: nothing, or `gpu.direct` is `off`.
+    #[serde(default)]
+    pub direct: Vec<DirectStatus>,
+}
+
+/// The direct path from one drive to one GPU.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct DirectStatus {
+    /// The block device of the file system, as the kernel names it.
+    pub drive: String,
+    /// Whether it is used.
+    pub state: DirectState,
+    /// How cuFile's bytes came when they were measured: `nvidia_fs`, `p2pdma`, or `compat` (by way of host memory).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// Measured by cuFile, bytes per second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct_bytes_per_second: Option<f64>,
+    /// Measured by way of slots on the same bytes, bytes per second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub staged_bytes_per_second: Option<f64>,
+    /// Why it is not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Whether a direct path is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DirectState {
+    /// It is being measured; files go by way of host memory meanwhile.
+    Probing,
+    /// Files go directly, as far as they are aligned.
+    Used,
+    /// Files go by way of host memory.
+    NotUsed,
 }
 
 /// One data-plane thread.

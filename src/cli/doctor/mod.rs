@@ -4,6 +4,7 @@
 
 mod gpu;
 mod host;
+mod pair;
 mod place;
 mod read;
 
@@ -25,7 +26,7 @@ const GPU_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Measure reads of this file, or of the largest file of this directory, past the page cache
+    /// Measure reads of this file, or of the largest file of this directory, past the page cache, and to each GPU
     #[arg(long, value_name = "PATH")]
     read: Option<PathBuf>,
 }
@@ -143,6 +144,7 @@ fn examine(args: &Args) -> Result<Report> {
         Some(path) => {
             let (check, reads) = read::measure(path, &topology)?;
             checks.push(check);
+            checks.extend(pair::checks(path, &topology, &identities)?);
             reads
         }
         None => Vec::new(),

@@ -16,7 +16,7 @@ use super::Check;
 use crate::error::{Code, Error, Result};
 use crate::staging::Pool;
 use crate::sys::uring::{Done, Read, Ring};
-use crate::topology::Topology;
+use crate::topology::{Drive, Topology};
 
 const MIB: u64 = 1 << 20;
 /// Block sizes and depths that are tried: those that drives differ in.
@@ -50,16 +50,14 @@ pub(super) fn measure(path: &Path, topology: &Topology) -> Result<(Check, Vec<Me
     let failed = |error: std::io::Error| unreadable(path, &error);
     let path = largest(path).map_err(failed)?;
     let meta = fs::metadata(&path).map_err(failed)?;
-    let device = meta.dev();
-    let drive = topology.drive_of(rustix::fs::major(device), rustix::fs::minor(device));
+    let drive = drive_of(&meta, topology);
     let of = drive
         .map_or_else(|| path.display().to_string(), |drive| format!("{} ({})", path.display(), drive.name));
     if meta.len() < FILE_BYTES_MIN {
         let check = Check::warn("read", "the file is too small", "name one of 64 MiB or more").of(of);
         return Ok((check, Vec::new()));
     }
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::DIRECT;
-    let file = match rustix::fs::open(&path, flags, Mode::empty()) {
+    let file = match past_the_page_cache(&path) {
         Ok(file) => Arc::new(file),
         Err(rustix::io::Errno::INVAL) => {
             let check = Check::warn(
@@ -85,7 +83,18 @@ pub(super) fn measure(path: &Path, topology: &Topology) -> Result<(Check, Vec<Me
     Ok((Check::ok("read", format!("{} at best", rate(best))).of(of), measured))
 }
 
-fn unreadable(path: &Path, error: &std::io::Error) -> Error {
+/// The drive that a file is on, if it is known.
+pub(super) fn drive_of<'a>(meta: &fs::Metadata, topology: &'a Topology) -> Option<&'a Drive> {
+    let device = meta.dev();
+    topology.drive_of(rustix::fs::major(device), rustix::fs::minor(device))
+}
+
+/// Opens a file for reading past the page cache.
+pub(super) fn past_the_page_cache(path: &Path) -> rustix::io::Result<OwnedFd> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::DIRECT, Mode::empty())
+}
+
+pub(super) fn unreadable(path: &Path, error: &std::io::Error) -> Error {
     let code = match error.kind() {
         std::io::ErrorKind::NotFound => Code::SourceFileNotFound,
         std::io::ErrorKind::PermissionDenied => Code::SourceFilePermissionDenied,
@@ -95,7 +104,7 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Error {
 }
 
 /// The file itself, or the largest regular file of a directory.
-fn largest(path: &Path) -> std::io::Result<PathBuf> {
+pub(super) fn largest(path: &Path) -> std::io::Result<PathBuf> {
     if !fs::metadata(path)?.is_dir() {
         return Ok(path.to_owned());
     }

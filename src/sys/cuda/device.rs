@@ -29,6 +29,8 @@ pub struct Device {
     ordinal: i32,
     /// `GPU-…`, or `MIG-…` for an instance.
     pub uuid: String,
+    /// The same as the driver gives it.
+    uuid_bytes: [u8; 16],
     /// Name of the model. A simulated device says so here.
     pub name: String,
     /// Memory, bytes.
@@ -47,6 +49,11 @@ impl Device {
     /// Whether it is simulated.
     pub fn simulated(&self) -> bool {
         self.name.contains("Simulated")
+    }
+
+    /// The UUID without what makes it readable.
+    pub(in crate::sys) fn uuid_bytes(&self) -> [u8; 16] {
+        self.uuid_bytes
     }
 }
 
@@ -96,6 +103,7 @@ fn device(index: i32) -> Result<Device, CudaError> {
     Ok(Device {
         ordinal,
         uuid: format!("{prefix}-{}", hyphenated(uuid)),
+        uuid_bytes: uuid.bytes.map(|byte| byte as u8),
         name,
         memory_bytes: memory as u64,
         pci_address: pci.ok().map(|address| address.to_ascii_lowercase()),
@@ -183,7 +191,7 @@ impl Context {
     }
 
     /// Makes it current on this thread.
-    pub(super) fn bind(&self) -> Result<(), CudaError> {
+    pub(in crate::sys) fn bind(&self) -> Result<(), CudaError> {
         // SAFETY: the context is retained as long as `self` lives.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.raw) })
     }

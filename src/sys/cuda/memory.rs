@@ -178,7 +178,7 @@ impl DeviceMemory {
         Ok(fd)
     }
 
-    pub(super) fn address_of(&self, offset: u64, bytes: u64) -> Option<CUdeviceptr> {
+    pub(in crate::sys) fn address_of(&self, offset: u64, bytes: u64) -> Option<CUdeviceptr> {
         self.mapped.address_of(offset, bytes)
     }
 

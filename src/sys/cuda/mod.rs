@@ -20,7 +20,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 pub use demotion::Demotion;
 pub use device::{Context, Device, Found, find};
-pub use kernel::Checksums;
+pub use kernel::{Checksums, Kernel};
 pub use memory::{DeviceMemory, Imported, Pinned, PinnedMap};
 pub use promotion::Promotion;
 pub use stream::{Rows, Stream, Upload};
@@ -41,6 +41,11 @@ impl fmt::Display for CudaError {
 }
 
 impl CudaError {
+    /// The driver's number for it.
+    pub(super) fn code(self) -> i32 {
+        self.result as i32
+    }
+
     /// The device has no memory left.
     pub fn is_out_of_memory(self) -> bool {
         self.result == CUresult::CUDA_ERROR_OUT_OF_MEMORY

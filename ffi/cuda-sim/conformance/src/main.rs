@@ -1,14 +1,21 @@
-//! Checks what Lodestream relies on in a CUDA driver, alike for a real one and the simulated one: whichever `libcuda.so.1`
-//! the loader finds. Only what CUDA documents is asserted, or what nothing could be built on if it were otherwise.
+//! Checks what Lodestream relies on in a CUDA driver and in cuFile, alike for real ones and the simulated ones: whichever
+//! `libcuda.so.1` and `libcufile.so.0` the loader finds. Only what CUDA and cuFile document is asserted, or what nothing could
+//! be built on if it were otherwise. Without a cuFile its checks are skipped.
 //!
 //! Each check is a process of its own, so that one which ends a context, or dies, harms no other.
 
 mod check;
+#[allow(dead_code, reason = "shared with the tests of the simulated cuFile")]
+mod cufile;
+#[allow(dead_code, reason = "shared with the simulated cuFile")]
+#[path = "../../cufile/src/abi.rs"]
+mod cufile_abi;
 mod devices;
 mod driver;
 mod mapping;
 mod peer;
 mod sharing;
+mod storage;
 mod work;
 
 use std::io::{self, Read, Write};
@@ -20,6 +27,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use check::Checked;
+use cufile::CuFile;
 
 const USAGE: &str = "usage: cuda-conformance [--json] [--ptx FILE] [--check NAME | --list]
 
@@ -31,10 +39,14 @@ Checks the CUDA driver that the loader finds. Exit status: 0 all checks passed, 
 
 /// A check that takes longer hangs.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// Likewise, of cuFile: a real one has been seen to hang.
+const CUFILE_DEADLINE: Duration = Duration::from_secs(20);
 /// Exit statuses.
 const FAILED: u8 = 1;
 const MISUSED: u8 = 2;
 const NO_DRIVER: u8 = 3;
+/// Of a single check: it could not be done.
+const SKIPPED: u8 = 4;
 
 macro_rules! checks {
     ($($module:ident: $($name:ident)*;)*) => {
@@ -61,6 +73,21 @@ checks! {
         a_descriptor_outlives_its_exporter memory_of_the_dead_comes_back private_memory_is_not_exported
         strange_descriptors_are_refused who_may_read_may_not_write who_may_read_may_not_copy_to_it
         what_is_not_mapped_is_not_accessible what_was_unmapped_is_not_accessible access_must_be_given;
+}
+
+macro_rules! cufile_checks {
+    ($($name:ident)*) => {
+        /// Every check that needs a cuFile as well.
+        const CUFILE_CHECKS: &[(&str, fn(&CuFile) -> Checked)] = &[$((stringify!($name), storage::$name)),*];
+    };
+}
+
+cufile_checks! {
+    cufile_tells_its_version cufile_parameters_are_set_before_opening cufile_tells_what_it_is_able_to
+    cufile_registers_files_once cufile_registers_buffers_once cufile_reads_what_a_file_holds
+    cufile_reads_nothing_beyond_a_buffer cufile_writes_what_a_device_holds cufile_counts_the_way_of_each_read
+    cufile_batches_tell_of_each_entry cufile_batches_are_cancelled
+    cufile_without_compatibility_goes_direct_or_not_at_all cufile_statistics_need_an_open_driver
 }
 
 /// The check of the kernel, whose PTX is handed in.
@@ -108,6 +135,7 @@ fn run() -> io::Result<u8> {
     };
     if options.list {
         let names = CHECKS.iter().map(|check| check.0).chain([KERNEL]);
+        let names = names.chain(CUFILE_CHECKS.iter().map(|check| check.0));
         names.into_iter().try_for_each(|name| writeln!(io::stdout(), "{name}"))?;
         return Ok(0);
     }
@@ -119,6 +147,9 @@ fn run() -> io::Result<u8> {
         return tell(peer::export(units));
     }
     if let Some(name) = &options.check {
+        if let Some(check) = CUFILE_CHECKS.iter().find(|check| check.0 == name) {
+            return of_cufile(check.1);
+        }
         return match (CHECKS.iter().find(|check| check.0 == name), &options.ptx) {
             (Some(check), _) => tell(check.1()),
             (None, Some(path)) if name == KERNEL => {
@@ -131,6 +162,25 @@ fn run() -> io::Result<u8> {
         };
     }
     all(&options)
+}
+
+/// A check of cuFile in its own process, which no other loads the library into.
+fn of_cufile(check: fn(&CuFile) -> Checked) -> io::Result<u8> {
+    let cufile = match CuFile::load() {
+        Ok(cufile) => cufile,
+        Err(reason) => {
+            writeln!(io::stderr(), "{reason}")?;
+            return Ok(SKIPPED);
+        }
+    };
+    let checked = check(&cufile);
+    match cufile.missing() {
+        Some(call) => {
+            writeln!(io::stderr(), "this libcufile has no {call}")?;
+            Ok(SKIPPED)
+        }
+        None => tell(checked),
+    }
 }
 
 /// The end of a check in its own process.
@@ -154,23 +204,35 @@ fn all(options: &Options) -> io::Result<u8> {
     }
     let mut results = Vec::new();
     let kernel = options.ptx.iter().map(|_| KERNEL);
-    for name in CHECKS.iter().map(|check| check.0).chain(kernel) {
+    let names = CHECKS.iter().map(|check| check.0).chain(kernel).map(|name| (name, DEADLINE));
+    let cufile_names = CUFILE_CHECKS.iter().map(|check| (check.0, CUFILE_DEADLINE));
+    for (name, deadline) in names.chain(cufile_names) {
         let start = Instant::now();
-        let wrong = in_a_process(name, options.ptx.as_deref())?;
+        let end = in_a_process(name, options.ptx.as_deref(), deadline)?;
         let milliseconds = start.elapsed().as_millis() as u64;
         if !options.json {
-            let verdict = wrong.as_ref().map_or("ok".to_owned(), |wrong| format!("FAIL: {wrong}"));
-            writeln!(io::stdout(), "{name:50} {milliseconds:6} ms  {verdict}")?;
+            let verdict = match &end {
+                End::Passed => "ok".to_owned(),
+                End::Skipped(reason) => format!("skipped: {reason}"),
+                End::Failed(wrong) => format!("FAIL: {wrong}"),
+            };
+            writeln!(io::stdout(), "{name:60} {milliseconds:6} ms  {verdict}")?;
         }
-        results.push((name, milliseconds, wrong));
+        results.push((name, milliseconds, end));
     }
-    let failed = results.iter().filter(|result| result.2.is_some()).count();
+    let failed = results.iter().filter(|result| matches!(result.2, End::Failed(_))).count();
+    let skipped = results.iter().filter(|result| matches!(result.2, End::Skipped(_))).count();
     if options.json {
         let checks: Vec<_> = results
             .iter()
-            .map(|(name, milliseconds, wrong)| {
+            .map(|(name, milliseconds, end)| {
+                let (ok, skipped, message) = match end {
+                    End::Passed => (true, false, None),
+                    End::Skipped(reason) => (true, true, Some(reason)),
+                    End::Failed(wrong) => (false, false, Some(wrong)),
+                };
                 serde_json::json!({
-                    "name": name, "ok": wrong.is_none(), "milliseconds": milliseconds, "message": wrong
+                    "name": name, "ok": ok, "skipped": skipped, "milliseconds": milliseconds, "message": message
                 })
             })
             .collect();
@@ -179,17 +241,25 @@ fn all(options: &Options) -> io::Result<u8> {
             "device": device,
             "simulated": device.contains("Simulated"),
             "failed": failed,
+            "skipped": skipped,
             "checks": checks,
         });
         writeln!(io::stdout(), "{report:#}")?;
     } else {
-        writeln!(io::stdout(), "{} checks, {failed} failed", results.len())?;
+        writeln!(io::stdout(), "{} checks, {failed} failed, {skipped} skipped", results.len())?;
     }
     Ok(if failed == 0 { 0 } else { FAILED })
 }
 
-/// Runs one check; what is wrong, if something is.
-fn in_a_process(name: &str, ptx: Option<&str>) -> io::Result<Option<String>> {
+/// How a check has ended.
+enum End {
+    Passed,
+    Skipped(String),
+    Failed(String),
+}
+
+/// Runs one check.
+fn in_a_process(name: &str, ptx: Option<&str>, deadline: Duration) -> io::Result<End> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["--check", name]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command.args(ptx.iter().flat_map(|path| ["--ptx", path]));
@@ -197,8 +267,8 @@ fn in_a_process(name: &str, ptx: Option<&str>) -> io::Result<Option<String>> {
     // Polled, so that a check that hangs is ended.
     let pid = Pid::from_child(&child);
     let handle = pidfd_open(pid, PidfdFlags::empty())?;
-    let deadline = Timespec { tv_sec: DEADLINE.as_secs() as i64, tv_nsec: 0 };
-    let ended = poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&deadline))? > 0;
+    let timeout = Timespec { tv_sec: deadline.as_secs() as i64, tv_nsec: 0 };
+    let ended = poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&timeout))? > 0;
     if !ended {
         pidfd_send_signal(&handle, Signal::KILL)?;
     }
@@ -209,9 +279,10 @@ fn in_a_process(name: &str, ptx: Option<&str>) -> io::Result<Option<String>> {
     }
     let said = said.trim();
     Ok(match (ended, status.signal()) {
-        (false, _) => Some(format!("hung for {} s. {said}", DEADLINE.as_secs())),
-        (true, Some(signal)) => Some(format!("was ended by signal {signal}. {said}")),
-        (true, None) if status.success() => None,
-        (true, None) => Some(said.to_owned()),
+        (false, _) => End::Failed(format!("hung for {} s. {said}", deadline.as_secs())),
+        (true, Some(signal)) => End::Failed(format!("was ended by signal {signal}. {said}")),
+        (true, None) if status.success() => End::Passed,
+        (true, None) if status.code() == Some(SKIPPED.into()) => End::Skipped(said.to_owned()),
+        (true, None) => End::Failed(said.to_owned()),
     })
 }

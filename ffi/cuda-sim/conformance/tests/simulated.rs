@@ -1,4 +1,4 @@
-//! The checks, run against the simulated driver.
+//! The checks, run against the simulated driver and the simulated cuFile.
 
 #[path = "../../tests/common/library.rs"]
 mod library;
@@ -26,6 +26,7 @@ fn the_simulated_driver_conforms() {
     let failed: Vec<_> =
         report["checks"].as_array().unwrap().iter().filter(|check| check["ok"] != true).collect();
     assert!(failed.is_empty(), "{failed:#?}");
+    assert_eq!(report["skipped"], 0, "{said}");
     assert!(output.status.success());
     assert_eq!(report["simulated"], true, "the checks were not run on the simulated driver");
     assert!(report["checks"].as_array().unwrap().len() > 40, "checks are missing");
@@ -40,4 +41,40 @@ fn the_simulated_driver_conforms() {
         .filter(|name| name.to_string_lossy().ends_with(".memory"))
         .collect();
     assert!(left.is_empty(), "memory of processes that have ended: {left:?}");
+}
+
+/// Whichever way the node is able to, and in compatibility mode on a file system that can do nothing else.
+#[test]
+fn the_simulated_cufile_conforms_on_every_node() {
+    let machine = tempfile::tempdir_in("/dev/shm").unwrap();
+    let listed = checks(machine.path()).arg("--list").output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let names: Vec<_> = listed.lines().filter(|name| name.starts_with("cufile_")).collect();
+    assert!(names.len() > 10, "checks are missing: {listed}");
+    let drive = env!("CARGO_TARGET_TMPDIR");
+    for (mode, folder) in [("nvfs", drive), ("p2pdma", drive), ("nvfs", "/dev/shm")] {
+        for name in &names {
+            let mut check = checks(machine.path());
+            check.args(["--check", name]).env("CUFILE_SIM_MODE", mode).env("TMPDIR", folder);
+            let output = check.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{name}, {mode}, {folder}: {}, {said}", output.status);
+        }
+    }
+}
+
+/// A machine without cuFile, as most are.
+#[test]
+fn a_cufile_that_cannot_be_loaded_is_skipped_with_a_reason() {
+    let machine = tempfile::tempdir_in("/dev/shm").unwrap();
+    let libraries = tempfile::tempdir_in("/dev/shm").unwrap();
+    let libcuda = library::directory().join("libcuda.so.1");
+    std::os::unix::fs::symlink(libcuda.canonicalize().unwrap(), libraries.path().join("libcuda.so.1"))
+        .unwrap();
+    let mut check = checks(machine.path());
+    check.env("LD_LIBRARY_PATH", libraries.path()).args(["--check", "cufile_tells_its_version"]);
+    let output = check.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(4), "{said}");
+    assert!(said.contains("no libcufile.so.0 can be loaded"), "{said}");
 }

@@ -1,0 +1,48 @@
+//! How a call ends that has failed.
+
+use rustix::io::Errno;
+
+use crate::abi::{Code, Status};
+
+/// Why a call failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Failure {
+    Code(Code),
+    /// The driver answered a `CUresult`.
+    Cuda(u32),
+    /// Of a transfer: the file system said so.
+    Errno(i32),
+}
+
+pub(crate) type Answer<T = ()> = Result<T, Failure>;
+
+impl From<Code> for Failure {
+    fn from(code: Code) -> Failure {
+        Failure::Code(code)
+    }
+}
+
+impl From<Errno> for Failure {
+    fn from(errno: Errno) -> Failure {
+        Failure::Errno(errno.raw_os_error())
+    }
+}
+
+impl Failure {
+    /// What a call that returns a `CUfileError_t` returns.
+    pub(crate) fn status(self) -> Status {
+        match self {
+            Failure::Code(code) => Status { error: code.0, cuda: 0 },
+            Failure::Cuda(code) => Status { error: Code::CUDA_DRIVER_ERROR.0, cuda: code },
+            Failure::Errno(_) => Status { error: Code::INTERNAL_ERROR.0, cuda: 0 },
+        }
+    }
+
+    /// What a transfer returns; -1 means: see `errno`.
+    pub(crate) fn result(self) -> isize {
+        match self {
+            Failure::Errno(_) => -1,
+            other => -(other.status().error as isize),
+        }
+    }
+}
