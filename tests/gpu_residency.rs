@@ -43,6 +43,12 @@ fn what_makes_room_on_a_gpu_comes_back_from_memory() {
     // A pool makes regions of several parts.
     let flags = ["--gpu-budget", BUDGET];
     let mut daemon = Options::new(root.path()).budget("512MiB").pool("64MiB").flags(&flags).start();
+    let shard = &daemon.status()["shards"][0];
+    let slots: u64 = shard["slot_nodes"].as_object().unwrap().values().map(number).sum();
+    assert!(
+        slots == 0 || slots >= number(&shard["block_bytes"]),
+        "where the kernel says that slots are: {shard}"
+    );
     let job = load(&daemon, &first, "gpu:0").unwrap();
     assert_eq!(number(&job["demoted_bytes"]), 0);
     let job = load(&daemon, &second, "gpu:0").unwrap();

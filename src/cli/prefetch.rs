@@ -96,8 +96,12 @@ fn line(job: &JobInfo) -> String {
     }
     let paths: Vec<String> =
         job.path.iter().map(|(path, moved)| format!("{} {path}", bytes(*moved))).collect();
+    let made_room = match job.demoted_bytes {
+        0 => String::new(),
+        down => format!("; {} went to the host tier for it", bytes(down)),
+    };
     format!(
-        "{}: {} in {}, {} ({}); {}\n",
+        "{}: {} in {}, {} ({}); {}{made_room}\n",
         job.artifact,
         bytes(job.total),
         milliseconds(job.elapsed_ms as f64),
