@@ -27,6 +27,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod daemon;
+pub mod direct;
 pub mod error;
 mod json;
 pub mod node;

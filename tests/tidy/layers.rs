@@ -18,6 +18,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("cli::doctor", &["cli", "topology", "staging", "sys"]),
     ("cli", &["client", "API", "topology"]),
     ("client", &["API", "sys::cuda", "sys::map", "topology"]),
+    ("direct", &["API", "client", "daemon"]),
     ("daemon", &["api", "node", "NODE", "json"]),
     ("api::methods", &[]),
     ("api::call", &["API", "topology"]),
