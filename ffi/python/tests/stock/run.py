@@ -19,8 +19,11 @@ sys.path.insert(0, str(HERE.parent))
 
 from support import Daemon  # noqa: E402
 
-# Files of tests that do not apply, and why.
-NOT_APPLICABLE = {}
+# Files of tests that do not apply, and why. Those for MLX, Paddle and other devices skip themselves.
+NOT_APPLICABLE = {
+    "test_flax_comparison.py": "needs jax",
+    "test_tf_comparison.py": "needs tensorflow",
+}
 
 
 def fetch(directory):
