@@ -4,6 +4,7 @@
 >>> model = lodestream.transformers.from_pretrained(transformers.AutoModelForCausalLM, "/models/llama")
 """
 
+import torch
 import transformers
 
 from .torch import load
@@ -22,4 +23,9 @@ def from_pretrained(model_class, path, *, config=None, **options):
     """
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path)
+    if not issubclass(model_class, transformers.PreTrainedModel):
+        # An Auto class takes weights by their path only; the one that it chooses for a configuration takes them from a dict.
+        with torch.device("meta"):
+            chosen = model_class.from_config(config)
+        model_class, config = type(chosen), chosen.config
     return model_class.from_pretrained(None, config=config, state_dict=load(path), **options)

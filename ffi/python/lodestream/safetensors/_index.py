@@ -26,11 +26,13 @@ def plain(index, shape):
 
 
 def _element(entry, size):
+    if isinstance(entry, bool):
+        return None  # A mask in torch.
     try:
         number = operator.index(entry)
     except TypeError:
         return None
-    return number if -size <= number < size else None
+    return number % size if -size <= number < size else None
 
 
 def _part(entry, size):

@@ -1,5 +1,6 @@
 """One file: its whole tensors from memory that the daemon shares, its slices from just their bytes of the file."""
 
+import importlib
 import logging
 import os
 import pathlib
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 
 from .. import LodestreamError, connect
 from ._index import plain
+from ._pieces import Reader
 
 _log = logging.getLogger("lodestream.safetensors")
 
@@ -47,6 +49,7 @@ _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": 
 # Types that are views. Others (parts of bytes, and what numpy knows by another package only) are left to the stock reader,
 # whose way of delivering or refusing them is the one that callers know.
 _NUMPY = frozenset("BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 F32 F64 C64".split())
+_TYPES = {"np": "lodestream._numpy", "pt": "lodestream._torch"}
 _VIEWS = {"np": _NUMPY, "pt": _NUMPY | frozenset("BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split())}
 
 
@@ -70,18 +73,17 @@ class safe_open:
 
     def __init__(self, filename, framework, device="cpu", *, backend="mmap"):
         self._path = os.path.abspath(os.fsdecode(filename))
-        before = _identity(filename)
         stock_backend = "pread" if backend == "daemon" else backend
         self._stock = safetensors.safe_open(filename, framework, device=device, backend=stock_backend)
-        self._identity = before
+        self._reader = Reader(filename)
         self._framework = _FRAMEWORKS.get(framework)
         self._device = device
         self._insists = backend == "daemon"
-        # Whether the daemon is still to be asked: for the file as it is, and for it to be loaded.
-        # A file without the extension is not a model to the daemon.
+        # Whether the daemon is still to be asked: for the file as it is, and for it to be loaded. A file without the
+        # extension is not a model to it.
         served = self._framework is not None and self._path.endswith(".safetensors")
         self._asks = self._loads = served and backend in ("mmap", "daemon")
-        self._model = self._sliced = None
+        self._model = None
 
     def __enter__(self):
         self._stock.__enter__()
@@ -89,7 +91,7 @@ class safe_open:
 
     def __exit__(self, *exception):
         self._asks = self._loads = False
-        self._model = self._sliced = None
+        self._model = self._reader = None
         return self._stock.__exit__(*exception)
 
     def keys(self):
@@ -132,7 +134,7 @@ class safe_open:
             if error.code != "artifact.not_resident":
                 self._refused(error)
             return None
-        if _identity(self._path) != self._identity:
+        if not self._is_the_same():
             # What is open here is the file of before, and so is what has to be delivered.
             model.close()
             self._refused(LodestreamError("source.file.changed", "it was replaced while it was open"))
@@ -161,6 +163,13 @@ class safe_open:
         level = logging.DEBUG if error.code == "client.connect" else logging.WARNING
         _log.log(level, "%s is read in this process: %s", self._path, error)
 
+    def _is_the_same(self):
+        """Whether the file that has this path now is the one that is open."""
+        try:
+            return _identity(os.stat(self._path)) == _identity(self._reader.stat())
+        except OSError:
+            return False
+
     def _is_view(self, model, name):
         return model.dtypes.get(name) in _VIEWS[self._framework]
 
@@ -170,21 +179,15 @@ class safe_open:
         return tensor.to(self._device)
 
     def _part(self, name, stock, index):
+        reader, dtype, shape = self._reader, stock.get_dtype(), tuple(stock.get_shape())
+        where = plain(index, shape) if dtype in _VIEWS.get(self._framework, ()) else None
+        if where is None or reader is None:
+            return stock[index]
         model = self._attached(load=False)
-        if model is not None and self._is_view(model, name):
-            where = plain(index, stock.get_shape())
-            if where is not None:
-                return self._placed(_contiguous(model[name][where]))
-        return self._reader(name, stock)[index]
-
-    def _reader(self, name, stock):
-        """A stock slice that reads with ``pread``: a mapping would read whole pages, and those around them."""
-        if self._sliced is None:
-            sliced = safetensors.safe_open(self._path, self._framework, device=self._device, backend="pread")
-            if _identity(self._path) != self._identity:
-                return stock
-            self._sliced = sliced
-        return self._sliced.get_slice(name)
+        if model is not None:
+            return self._placed(_contiguous(model[name][where]))
+        kind = _type(self._framework, dtype)
+        return self._placed(_array(self._framework, kind, *reader.part(name, where, shape, kind.itemsize)))
 
 
 class _Slice:
@@ -214,10 +217,20 @@ def _contiguous(part):
     return part if part.flags.c_contiguous else part.copy()
 
 
-def _identity(path):
-    """What tells a file from the one that took its place; None if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _type(framework, dtype):
+    """The framework's type."""
+    return importlib.import_module(_TYPES[framework])._TABLE[dtype]
+
+
+def _array(framework, kind, flat, shape):
+    """An array of the framework over bytes."""
+    if framework == "np":
+        return flat.view(kind).reshape(shape)
+    import torch
+
+    return (torch.frombuffer(flat, dtype=kind) if flat.size else torch.empty(0, dtype=kind)).reshape(shape)
+
+
+def _identity(stat):
+    """What tells a file from the one that took its place."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
