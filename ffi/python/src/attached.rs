@@ -177,10 +177,11 @@ impl Attached {
         let (reply, timings) = (attached.reply().clone(), attached.timings());
         let held = Arc::new(Held { attached: Mutex::default(), process: std::process::id() });
         let parts = attached.regions().iter().enumerate().zip(&reply.regions);
-        let parts = parts.map(|((number, region), view)| part(&held, number, region, view)).collect();
+        let parts = parts.map(|((number, region), view)| part(&held, number, region, view));
+        let parts = parts.collect::<Result<Vec<_>, Failure>>()?;
         *lock(&held.attached) = Some(attached);
         let lease = Mutex::new(Arc::new(lease));
-        Ok(Attached { shared: Arc::clone(shared), named, held, reply, timings, parts: parts?, lease })
+        Ok(Attached { shared: Arc::clone(shared), named, held, reply, timings, parts, lease })
     }
 }
 
