@@ -1,15 +1,19 @@
 """The weights of a model as names and tensors, one after the other, as inference engines take them."""
 
+from __future__ import annotations
+
 import glob
 import json
 import os
+from collections.abc import Iterator
+from typing import Any
 
 from . import load
 
 _INDEX = "model.safetensors.index.json"
 
 
-def stream(folder, files):
+def stream(folder: str, files: list[str]) -> Iterator[tuple[str, Any]]:
     """(name, torch tensor on the CPU) of each tensor; views of memory that must not be written.
 
     folder: the model's directory. files: those of its safetensors files that are wanted, as paths.

@@ -6,14 +6,20 @@
 >>> lodestream.accelerate.load_checkpoint(model, "/models/llama")
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+import torch
 from accelerate.utils import set_module_tensor_to_device
 
+from ._node import Path
 from .torch import load
 
 __all__ = ["load_checkpoint"]
 
 
-def load_checkpoint(model, path, device="cpu", *, strict=True):
+def load_checkpoint(model: torch.nn.Module, path: Path, device: Any = "cpu", *, strict: bool = True) -> None:
     """Puts the tensors of a model directory or file in the place of a model's parameters and buffers of the same names.
 
     On the CPU nothing is copied, and the parameters cannot be written; on another device they are copies. The model's

@@ -5,17 +5,21 @@
 >>> model.load_state_dict(state, assign=True)
 """
 
+from __future__ import annotations
+
 import io
 import os
+from typing import Any
 
 import torch
 
 from . import load as _load
+from ._node import Device, Path
 
 __all__ = ["load"]
 
 
-def load(path, device="cpu", **options):
+def load(path: Path, device: Device = "cpu", **options: Any) -> Any:
     """The tensors of a model directory, or of a safetensors or GGUF file, by name; of another file what ``torch.save`` wrote.
 
     device, options: as in `lodestream.load`.

@@ -4,15 +4,22 @@
 >>> model = lodestream.transformers.from_pretrained(transformers.AutoModelForCausalLM, "/models/llama")
 """
 
+from __future__ import annotations
+
+from typing import Any, Optional
+
 import torch
 import transformers
 
+from ._node import Path
 from .torch import load
 
 __all__ = ["from_pretrained"]
 
 
-def from_pretrained(model_class, path, *, config=None, **options):
+def from_pretrained(
+    model_class: type, path: Path, *, config: Optional[transformers.PretrainedConfig] = None, **options: Any
+) -> transformers.PreTrainedModel:
     """What ``model_class.from_pretrained(path)`` gives, its weights taken from memory that all processes of the node share.
 
     path: a directory with ``config.json`` and safetensors files. config: taken from there unless given.

@@ -8,6 +8,10 @@ What reads a file is here; all else (saving, parsing bytes in memory, errors) is
 ``except safetensors.SafetensorError`` catches what this module raises, too.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import safetensors as _stock
 from safetensors import SafetensorError, deserialize, serialize, serialize_file
 
@@ -16,5 +20,5 @@ from ._open import safe_open
 __all__ = ["SafetensorError", "deserialize", "safe_open", "serialize", "serialize_file"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     return getattr(_stock, name)

@@ -1,9 +1,12 @@
 """One file: its whole tensors from memory that the daemon shares, its slices from just their bytes of the file."""
 
+from __future__ import annotations
+
 import importlib
 import logging
 import os
 import pathlib
+from typing import Any, Optional, Union
 
 import safetensors
 from safetensors import SafetensorError
@@ -71,7 +74,14 @@ class safe_open:
     Raises FileNotFoundError, and SafetensorError for a file or a request that is not right.
     """
 
-    def __init__(self, filename, framework, device="cpu", *, backend="mmap"):
+    def __init__(
+        self,
+        filename: Union[str, "os.PathLike[str]"],
+        framework: str,
+        device: Union[str, int] = "cpu",
+        *,
+        backend: str = "mmap",
+    ) -> None:
         self._path = os.path.abspath(os.fsdecode(filename))
         stock_backend = "pread" if backend == "daemon" else backend
         self._stock = safetensors.safe_open(filename, framework, device=device, backend=stock_backend)
@@ -85,41 +95,41 @@ class safe_open:
         self._asks = self._loads = served and backend in ("mmap", "daemon")
         self._model = None
 
-    def __enter__(self):
+    def __enter__(self) -> safe_open:
         self._stock.__enter__()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._asks = self._loads = False
         self._model = self._reader = None
-        return self._stock.__exit__(*exception)
+        self._stock.__exit__(*exception)
 
-    def keys(self):
+    def keys(self) -> list[str]:
         """The names of the tensors, in the stock package's order."""
         return self._stock.keys()
 
-    def offset_keys(self):
+    def offset_keys(self) -> list[str]:
         """The names of the tensors, in the order of the file."""
         return self._stock.offset_keys()
 
-    def metadata(self):
+    def metadata(self) -> Optional[dict[str, str]]:
         """The strings of the header, or None."""
         return self._stock.metadata()
 
-    def get_tensor(self, name):
+    def get_tensor(self, name: str) -> Any:
         """One tensor, whole. Raises SafetensorError if there is none of this name."""
         model = self._attached(load=True)
         if model is None or not self._is_view(model, name):
             return self._stock.get_tensor(name)
         return self._placed(model[name])
 
-    def get_tensors(self):
+    def get_tensors(self) -> dict[str, Any]:
         """All tensors by name, in the order of the file."""
         if self._attached(load=True) is None:
             return self._stock.get_tensors()
         return {name: self.get_tensor(name) for name in self.offset_keys()}
 
-    def get_slice(self, name):
+    def get_slice(self, name: str) -> _Slice:
         """What can be indexed with integers and slices for a part of a tensor. Raises SafetensorError if there is none."""
         return _Slice(self, name, self._stock.get_slice(name))
 
@@ -198,15 +208,15 @@ class _Slice:
         self._name = name
         self._stock = stock
 
-    def get_shape(self):
+    def get_shape(self) -> list[int]:
         """The tensor's shape, a list."""
         return self._stock.get_shape()
 
-    def get_dtype(self):
+    def get_dtype(self) -> str:
         """The tensor's type as the file has it, such as ``F32``."""
         return self._stock.get_dtype()
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self._file._part(self._name, self._stock, index)
 
 

@@ -9,7 +9,7 @@ __all__ = ["register"]
 _FORMAT = "lodestream"
 
 
-def register():
+def register() -> None:
     """Makes the load format known. SGLang calls it in each of its processes (entry point group ``sglang.srt.plugins``)."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import add_load_format_choices

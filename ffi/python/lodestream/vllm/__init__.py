@@ -7,7 +7,7 @@ package.
 __all__ = ["register"]
 
 
-def register():
+def register() -> None:
     """Makes the load format known. vLLM calls it in each of its processes (entry point group ``vllm.general_plugins``)."""
     # Here, not above: vLLM loads its plugins before it has loaded itself.
     from vllm.model_executor.model_loader import register_model_loader

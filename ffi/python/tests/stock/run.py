@@ -56,7 +56,13 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         tests = fetch(pathlib.Path(directory))
         with Daemon(directory) as daemon:
-            codes = [run(tests, sys.argv[1:], daemon.socket), run(tests, sys.argv[1:], "/nonexistent")]
+            codes = [run(tests, sys.argv[1:], daemon.socket)]
+            with daemon.connect() as node:
+                loads = len(node.jobs())
+            codes.append(run(tests, sys.argv[1:], "/nonexistent"))
+    print(f"first through a daemon, by at least {loads} loads, then without one")
+    if loads == 0:
+        sys.exit("nothing went through the daemon")
     sys.exit(max(codes))
 
 
