@@ -117,7 +117,7 @@ class Daemon:
         with self.connect() as node:
             return node.status()
 
-    def signal(self, number):
+    def send(self, number):
         self.process.send_signal(number)
 
     def end(self, number=signal.SIGKILL):
