@@ -9,11 +9,13 @@ import shutil
 import signal
 import struct
 import unittest
+import warnings
+import zipfile
 from unittest import mock
 
 import numpy
 import safetensors
-from support import SIZES, Case, noise, write_model
+from support import ROOT, SIZES, Case, noise, until, write_model
 
 import lodestream.safetensors
 import lodestream.safetensors.numpy
@@ -63,7 +65,9 @@ def content_of(tensor):
 def outcome(call):
     """What a call gives, or how it is refused."""
     try:
-        return content_of(call())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of lists as indices.
+            return content_of(call())
     except BaseException as error:  # The stock package's panics are no Exceptions.
         return type(error).__name__, str(error)
 
@@ -168,8 +172,6 @@ class Whole(Dropin):
         [entry] = self.resident(daemon)
         self.assertEqual(entry["leases"], 1)
         del part
-        from support import until
-
         until(lambda: self.resident(daemon)[0]["leases"] == 0, "end of the lease")
 
     def test_a_file_that_the_daemon_does_not_reach_is_sent_open(self):
@@ -302,6 +304,20 @@ class Slices(Dropin):
             self.assertTrue(numpy.array_equal(got, whole[1:3]))
             self.assertFalse(got.flags.writeable, "a view of the daemon's memory")
             self.assertTrue(part[:, 1:3].flags.c_contiguous)
+
+
+@unittest.skipUnless(os.environ.get("LODESTREAM_TEST_WHEEL"), "LODESTREAM_TEST_WHEEL is not set: it is built by scripts/test")
+class Wheel(unittest.TestCase):
+    def test_the_wheel_has_every_module_and_the_plugins_of_engines(self):
+        [path] = pathlib.Path(os.environ["LODESTREAM_TEST_WHEEL"]).glob("lodestream-*.whl")
+        package = ROOT / "ffi" / "python" / "lodestream"
+        with zipfile.ZipFile(path) as wheel:
+            names = wheel.namelist()
+            [points] = [wheel.read(name).decode() for name in names if name.endswith("/entry_points.txt")]
+        modules = {str(module.relative_to(package.parent)) for module in package.rglob("*.py")}
+        self.assertEqual(modules - set(names), set())
+        for group, module in (("vllm.general_plugins", "vllm"), ("sglang.srt.plugins", "sglang")):
+            self.assertIn(f"[{group}]\nlodestream=lodestream.{module}:register", points.replace(" ", ""))
 
 
 if __name__ == "__main__":
