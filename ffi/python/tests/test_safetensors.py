@@ -123,12 +123,23 @@ class Whole(Dropin):
             for call in (lambda file: file.get_tensor("none"), lambda file: file.get_slice("none")):
                 self.assertEqual(outcome(lambda: call(ours)), outcome(lambda: call(stock)))
 
+    def check_slices(self, framework):
+        with safetensors.safe_open(self.path, framework) as stock, safe_open(self.path, framework) as ours:
+            for name in stock.keys():
+                for index in (slice(0, 1), (slice(None), slice(2, 4)), (1, slice(None, None, 2))):
+                    self.assertEqual(
+                        outcome(lambda: ours.get_slice(name)[index]),
+                        outcome(lambda: stock.get_slice(name)[index]),
+                        (framework, name, index),
+                    )
+
     def test_every_type_comes_as_from_the_stock_package(self):
         for socket in (NOWHERE, self.served().socket):
             self.finds(socket)
             for framework in FRAMEWORKS:
                 self.every_type()
                 self.check_equal(framework)
+                self.check_slices(framework)
                 self.tensors()
                 self.check_equal(framework)
 
@@ -237,6 +248,8 @@ class Whole(Dropin):
         daemon = self.served()
         plain = self.path.rename(self.root / "model.bin")
         self.assertEqual(safe_open(plain, "np").get_tensor("two").shape, (5, 6))
+        with self.assertRaisesRegex(SafetensorError, "extension"):
+            safe_open(plain, "np", backend="daemon")
         self.assertEqual(self.resident(daemon), [])
 
     def test_what_is_no_safetensors_file_is_refused_as_by_the_stock_package(self):

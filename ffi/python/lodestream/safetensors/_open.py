@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import pathlib
@@ -49,11 +48,10 @@ _STRICTER = "catalog.safetensors."
 
 _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": "np"}
 
-# Types that are views. Others (parts of bytes, and what numpy knows by another package only) are left to the stock reader,
-# whose way of delivering or refusing them is the one that callers know.
-_NUMPY = frozenset("BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 F32 F64 C64".split())
-_TYPES = {"np": "lodestream._numpy", "pt": "lodestream._torch"}
-_VIEWS = {"np": _NUMPY, "pt": _NUMPY | frozenset("BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split())}
+# Types that are views. Others are left to the stock reader, whose way of delivering or refusing them is the one that callers
+# know: parts of bytes, and with numpy float8.
+_NUMPY = "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 BF16 F32 F64 C64".split()
+_TORCH = [*_NUMPY, *"F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ F8_E8M0".split()]
 
 
 class safe_open:
@@ -87,11 +85,14 @@ class safe_open:
         self._stock = safetensors.safe_open(filename, framework, device=device, backend=stock_backend)
         self._reader = Reader(filename)
         self._framework = _FRAMEWORKS.get(framework)
+        self._types = _types(self._framework)
         self._device = device
         self._insists = backend == "daemon"
         # Whether the daemon is still to be asked: for the file as it is, and for it to be loaded. A file without the
         # extension is not a model to it.
-        served = self._framework is not None and self._path.endswith(".safetensors")
+        served = bool(self._types) and self._path.endswith(".safetensors")
+        if self._insists and not served:
+            raise SafetensorError("the daemon serves files with the extension .safetensors, to pt and np")
         self._asks = self._loads = served and backend in ("mmap", "daemon")
         self._model = None
 
@@ -181,7 +182,7 @@ class safe_open:
             return False
 
     def _is_view(self, model, name):
-        return model.dtypes.get(name) in _VIEWS[self._framework]
+        return model.dtypes.get(name) in self._types
 
     def _placed(self, tensor):
         if self._framework == "np" or self._device == "cpu":
@@ -190,13 +191,13 @@ class safe_open:
 
     def _part(self, name, stock, index):
         reader, dtype, shape = self._reader, stock.get_dtype(), tuple(stock.get_shape())
-        where = plain(index, shape) if dtype in _VIEWS.get(self._framework, ()) else None
+        where = plain(index, shape) if dtype in self._types else None
         if where is None or reader is None:
             return stock[index]
         model = self._attached(load=False)
         if model is not None:
             return self._placed(_contiguous(model[name][where]))
-        kind = _type(self._framework, dtype)
+        kind = self._types[dtype]
         return self._placed(_array(self._framework, kind, *reader.part(name, where, shape, kind.itemsize)))
 
 
@@ -227,9 +228,18 @@ def _contiguous(part):
     return part if part.flags.c_contiguous else part.copy()
 
 
-def _type(framework, dtype):
-    """The framework's type."""
-    return importlib.import_module(_TYPES[framework])._TABLE[dtype]
+def _types(framework):
+    """The framework's types of what are views, by the names that files have for them."""
+    if framework == "pt":
+        from .. import _torch
+
+        return {name: _torch._TABLE[name] for name in _TORCH}
+    if framework == "np":
+        from .. import _numpy
+
+        # Without ml_dtypes there is no bfloat16, and the stock reader says so.
+        return {name: kind for name in _NUMPY if (kind := _numpy._TABLE[name]).kind != "u" or name != "BF16"}
+    return {}
 
 
 def _array(framework, kind, flat, shape):
