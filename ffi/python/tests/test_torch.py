@@ -46,7 +46,7 @@ class Tensors(Case):
             self.assertEqual(model["layer.0.weight"].device, torch.device("cpu"))
 
     def test_scalars_and_empty_tensors(self):
-        write_model(self.root / "m.safetensors", {"s": ("BF16", [], b"\x80\x3f"), "e": ("F32", [0, 5], b"")})
+        write_model(self.root / "m.safetensors", {"e": ("F32", [0, 5], b""), "s": ("BF16", [], b"\x80\x3f")})
         model = self.connect(self.daemon()).attach(self.root / "m.safetensors", framework="torch")
         self.assertEqual((model["s"].shape, model["s"].item()), (torch.Size([]), 1.0))
         self.assertEqual((model["e"].shape, model["e"].dtype), (torch.Size([0, 5]), torch.float32))
