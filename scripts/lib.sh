@@ -8,15 +8,13 @@ say() { printf '==> %s\n' "$*"; }
 die() { printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# python_package [CARGO_OPTION…]: builds the native part of the Python package and puts it in its place in ffi/python.
+# python_package PROFILE: puts the native part of the Python package, built before, in its place in ffi/python.
 python_package() {
-    local profile=debug target
-    case " $* " in *" --release "*) profile=release ;; esac
-    cargo build --quiet -p lodestream-python "$@"
+    local target
     target=$(cargo metadata --format-version 1 --no-deps |
         "$VENV_PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
     # By rename: a process that has the old one mapped keeps it.
-    cp "$target/$profile/lib_native.so" ffi/python/lodestream/_native.tmp
+    cp "$target/$1/lib_native.so" ffi/python/lodestream/_native.tmp
     mv ffi/python/lodestream/_native.tmp ffi/python/lodestream/_native.abi3.so
 }
 
