@@ -8,6 +8,16 @@ say() { printf '==> %s\n' "$*"; }
 die() { printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
+# python_package PROFILE: puts the native part of the Python package, built before, in its place in ffi/python.
+python_package() {
+    local target
+    target=$(cargo metadata --format-version 1 --no-deps |
+        "$VENV_PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
+    # By rename: a process that has the old one mapped keeps it.
+    cp "$target/$1/lib_native.so" ffi/python/lodestream/_native.tmp
+    mv ffi/python/lodestream/_native.tmp ffi/python/lodestream/_native.abi3.so
+}
+
 # lint_rust: what both scripts/check and scripts/test ask of the source before anything is run.
 lint_rust() {
     cargo fmt --all --check

@@ -154,6 +154,8 @@ codes! {
     CliUsage = "cli.usage", Usage, false;
     ClientConnect = "client.connect", Unavailable, true;
     ClientDisconnected = "client.disconnected", Unavailable, true;
+    ClientForked = "client.forked", Unavailable, false;
+    ClientInterrupted = "client.interrupted", Cancelled, true;
     ClientProtocol = "client.protocol", Internal, false;
     ClientDevice = "client.device", Unavailable, false;
     ClientMap = "client.map", Internal, false;

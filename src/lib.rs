@@ -28,6 +28,7 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 pub mod error;
+pub mod in_process;
 mod json;
 pub mod node;
 pub mod plan;

@@ -8,6 +8,7 @@ mod attached;
 mod connection;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -17,6 +18,7 @@ use serde::de::DeserializeOwned;
 use attached::Contexts;
 pub use attached::{Attached, Data, Region, TensorRef, Timings};
 use connection::Connection;
+pub use connection::Interrupt;
 
 use crate::api::methods::*;
 use crate::api::wire::ErrorObject;
@@ -38,6 +40,15 @@ pub enum ClientError {
     /// The daemon closed the connection. What is mapped stays readable.
     #[error("the daemon closed the connection: {0}")]
     Disconnected(String),
+    /// The connection was opened before this process was forked off.
+    #[error(
+        "this process was forked after it had connected, and two cannot share a connection: connect anew in the child; \
+         what was attached stays readable"
+    )]
+    Forked,
+    /// The call was interrupted while it waited for the daemon.
+    #[error("interrupted while the daemon had not answered yet")]
+    Interrupted,
     /// The daemon sent something that this client does not understand.
     #[error("the daemon's answer is not understood: {0}")]
     Protocol(String),
@@ -66,6 +77,8 @@ impl ClientError {
         match self {
             ClientError::Connect { .. } => Code::ClientConnect,
             ClientError::Disconnected(_) => Code::ClientDisconnected,
+            ClientError::Forked => Code::ClientForked,
+            ClientError::Interrupted => Code::ClientInterrupted,
             ClientError::Protocol(_) => Code::ClientProtocol,
             ClientError::Map(_) => Code::ClientMap,
             ClientError::Device(_) => Code::ClientDevice,
@@ -121,6 +134,27 @@ impl Client {
     /// `client.connect`.
     pub fn connect(path: &Path) -> Result<Client> {
         Ok(Client { connection: Connection::open(path)?, contexts: Contexts::new() })
+    }
+
+    /// A client over a stream to an engine in this process.
+    pub(crate) fn over(stream: UnixStream) -> Client {
+        Client { connection: Connection::over(stream), contexts: Contexts::new() }
+    }
+
+    /// Asks `interrupt` again and again while a call waits for its reply. If it says so, the call ends with
+    /// `client.interrupted`, and the connection cannot be used further.
+    pub fn interrupt_with(&mut self, interrupt: Interrupt) {
+        self.connection.interrupt_with(interrupt);
+    }
+
+    /// Whether requests can be made: not after a disconnect, an interrupted call or in a forked child.
+    pub fn is_usable(&self) -> bool {
+        self.connection.is_usable()
+    }
+
+    /// Gives a lease back and does not wait for the daemon. Nothing happens if the connection is gone, and the lease with it.
+    pub fn let_go(&mut self, lease: u64) {
+        self.connection.tell("lease.release", &ReleaseRequest { lease });
     }
 
     /// `hello`: picks the API version and says who and what the daemon is.

@@ -225,6 +225,50 @@ fn a_stream_that_cannot_be_followed_is_not_used_again() {
     }
 }
 
+/// A lease that is given back without waiting: the answer comes before that of the next request, and is not taken for it.
+#[test]
+fn a_lease_that_is_let_go_keeps_the_connection_in_step() {
+    let (sender, requests) = mpsc::channel();
+    let fake = Fake::start(move |request| {
+        sender.send((request.method.clone(), request.params)).unwrap();
+        match request.method.as_str() {
+            "lease.release" => vec![Step::Error(Error::new(Code::LeaseNotFound, "no such lease"))],
+            _ => vec![Step::Reply(json!({"artifacts": []}), Vec::new())],
+        }
+    });
+    let mut client = Client::connect(fake.path()).unwrap();
+    client.let_go(7);
+    client.let_go(8);
+    assert!(client.list().unwrap().is_empty());
+    client.let_go(9);
+    assert!(client.list().unwrap().is_empty());
+    let leases: Vec<_> = requests.try_iter().filter(|(method, _)| method == "lease.release").collect();
+    assert_eq!(leases.len(), 3);
+    assert_eq!(leases[0].1, json!({"lease": 7}));
+}
+
+#[test]
+fn a_call_that_is_interrupted_ends_and_so_does_its_connection() {
+    let (answer, wait) = mpsc::channel::<()>();
+    let fake = Fake::start(move |_| {
+        // Until the client has gone.
+        let _ = wait.recv();
+        vec![Step::Close]
+    });
+    let mut client = Client::connect(fake.path()).unwrap();
+    let mut asked = 0;
+    client.interrupt_with(Box::new(move || {
+        asked += 1;
+        asked == 2
+    }));
+    assert!(client.is_usable());
+    assert_eq!(client.list().unwrap_err().code, Code::ClientInterrupted);
+    assert!(!client.is_usable());
+    assert_eq!(client.list().unwrap_err().code, Code::ClientDisconnected);
+    drop(answer);
+    fake.join();
+}
+
 #[test]
 fn a_reply_may_have_fields_that_this_build_does_not_know() {
     let mut reply: Value = json!({"artifacts": []});

@@ -3,6 +3,7 @@
 //! Start: socket and metrics listener (so that a mistake shows at once), page kinds, memory, shard threads, jobs,
 //! server, preload list. Drain: readiness, no new connections, jobs until the timeout, connections, memory, threads.
 
+mod engine;
 mod gpus;
 mod preload;
 mod publish;
@@ -13,9 +14,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use engine::Engine;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use crate::api::methods::Features;
 use crate::api::server::{self, Server};
@@ -102,7 +105,6 @@ async fn serve(
     reader: ReaderKind,
     reader_reason: Option<String>,
 ) -> Result<()> {
-    let started = Instant::now();
     let config = Rc::new(config);
     let metrics = Arc::new(Metrics::new());
     let readiness = Arc::new(Readiness::new());
@@ -117,72 +119,9 @@ async fn serve(
     let page = page(&config, collector, &metrics, &readiness, stopped).await?;
 
     let reserved = HugePages::reserve(&config);
-    let choice = PageChoice::probe(&config.host)?;
-    tracing::info!(
-        reader = reader.as_str(),
-        reason = reader_reason.as_deref().unwrap_or(""),
-        pages = choice.best().as_str(),
-        pages_reason = choice.reason.as_deref().unwrap_or(""),
-        budget_bytes = config.host.budget_bytes,
-        "{SERVER} starts"
-    );
-    let reason = |reason: &Option<String>| reason.clone().unwrap_or_default();
-    metrics.set_reader(reader.as_str(), &reason(&reader_reason));
-    metrics.set_pages(choice.best().as_str(), &reason(&choice.reason));
-    let features = Features {
-        reader: reader.as_str().to_owned(),
-        reader_reason,
-        pages: choice.best().as_str().to_owned(),
-        pages_reason: choice.reason.clone(),
-        acts_as_tenant: identity::can_act_as(),
-    };
-
     let (monitor, verdicts) = Monitor::start(&config.node, &metrics).await;
-    let roots = Arc::new(Roots::open(&config.roots)?);
-    let store = config.state_dir.as_deref().map(|state| {
-        let opened = Store::open(&state.join("manifests"), MANIFESTS_MAX, &config.limits);
-        opened.map_err(|error| start_failed(format!("state_dir {} cannot be used: {error}", state.display())))
-    });
-    let store = store.transpose()?.map(Arc::new);
-    let host = Host::new(&config.host, choice);
-    let (gpus, no_gpus) = gpus::open(&config.gpu)?;
-    let contexts: Vec<_> = gpus.iter().map(|gpu| Arc::clone(gpu.context())).collect();
-    let residency = Residency::new(Rc::clone(&host), gpus);
-    let topology = Topology::read(std::path::Path::new("/")).with_gpus(monitor.gpus());
-    let plane = shards::start(&config.data_plane, reader, topology, &contexts)?;
-    let shards = Rc::new(plane.shards);
-    let headers = Rc::new(HeaderGate::default());
-    let jobs = Jobs::new(
-        Rc::clone(&residency),
-        Rc::clone(&shards),
-        plane.lane_of,
-        store.clone(),
-        Rc::clone(&headers),
-        Arc::clone(&metrics),
-        Rc::clone(&config),
-    );
-    let node = Rc::new(Node {
-        roots,
-        residency,
-        jobs,
-        headers,
-        shards,
-        store,
-        metrics: Arc::clone(&metrics),
-        readiness: Arc::clone(&readiness),
-        own_uid: rustix::process::geteuid().as_raw(),
-        connections: Cell::new(0),
-        leases: Cell::new(0),
-        features,
-        no_gpus,
-        monitor,
-        shard_devices: plane.devices,
-        preload: RefCell::default(),
-        config: RefCell::new(Rc::clone(&config)),
-        started,
-        lease: Cell::new(0),
-    });
-
+    let node = compose(Rc::clone(&config), reader, reader_reason, monitor, &metrics, &readiness)?;
+    let host = Rc::clone(node.residency.host());
     let filled = {
         let metrics = Arc::clone(&metrics);
         move |time| metrics.pool_filled(time)
@@ -224,14 +163,105 @@ async fn serve(
     accepting.abort();
     preloading.abort();
     let deadline = Instant::now() + Duration::from_millis(node.config().drain_timeout_ms);
+    wind_down(&node, &server, &keeping, deadline).await;
+    judging.abort();
+    reporting.abort();
+    publishing.abort();
+    node.monitor.stop().await;
+    stop.send_replace(true);
+    if let Some(page) = page {
+        // It has ended, or its exchanges have a deadline.
+        let _ = page.await;
+    }
+    reserved.give_back();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Makes the parts of a node that serves nobody yet. On a runtime.
+fn compose(
+    config: Rc<Config>,
+    reader: ReaderKind,
+    reader_reason: Option<String>,
+    monitor: Monitor,
+    metrics: &Arc<Metrics>,
+    readiness: &Arc<Readiness>,
+) -> Result<Rc<Node>> {
+    let choice = PageChoice::probe(&config.host)?;
+    tracing::info!(
+        reader = reader.as_str(),
+        reason = reader_reason.as_deref().unwrap_or(""),
+        pages = choice.best().as_str(),
+        pages_reason = choice.reason.as_deref().unwrap_or(""),
+        budget_bytes = config.host.budget_bytes,
+        "{SERVER} starts"
+    );
+    let reason = |reason: &Option<String>| reason.clone().unwrap_or_default();
+    metrics.set_reader(reader.as_str(), &reason(&reader_reason));
+    metrics.set_pages(choice.best().as_str(), &reason(&choice.reason));
+    let features = Features {
+        reader: reader.as_str().to_owned(),
+        reader_reason,
+        pages: choice.best().as_str().to_owned(),
+        pages_reason: choice.reason.clone(),
+        acts_as_tenant: identity::can_act_as(),
+    };
+
+    let roots = Arc::new(Roots::open(&config.roots)?);
+    let store = config.state_dir.as_deref().map(|state| {
+        let opened = Store::open(&state.join("manifests"), MANIFESTS_MAX, &config.limits);
+        opened.map_err(|error| start_failed(format!("state_dir {} cannot be used: {error}", state.display())))
+    });
+    let store = store.transpose()?.map(Arc::new);
+    let host = Host::new(&config.host, choice);
+    let (gpus, no_gpus) = gpus::open(&config.gpu)?;
+    let contexts: Vec<_> = gpus.iter().map(|gpu| Arc::clone(gpu.context())).collect();
+    let residency = Residency::new(host, gpus);
+    let topology = Topology::read(std::path::Path::new("/")).with_gpus(monitor.gpus());
+    let plane = shards::start(&config.data_plane, reader, topology, &contexts)?;
+    let shards = Rc::new(plane.shards);
+    let headers = Rc::new(HeaderGate::default());
+    let jobs = Jobs::new(
+        Rc::clone(&residency),
+        Rc::clone(&shards),
+        plane.lane_of,
+        store.clone(),
+        Rc::clone(&headers),
+        Arc::clone(metrics),
+        Rc::clone(&config),
+    );
+    Ok(Rc::new(Node {
+        roots,
+        residency,
+        jobs,
+        headers,
+        shards,
+        store,
+        metrics: Arc::clone(metrics),
+        readiness: Arc::clone(readiness),
+        own_uid: rustix::process::geteuid().as_raw(),
+        connections: Cell::new(0),
+        leases: Cell::new(0),
+        features,
+        no_gpus,
+        monitor,
+        shard_devices: plane.devices,
+        preload: RefCell::default(),
+        config: RefCell::new(Rc::clone(&config)),
+        started: Instant::now(),
+        lease: Cell::new(0),
+    }))
+}
+
+/// Lets jobs end until `deadline`, then connections; and waits until memory is free again.
+async fn wind_down(node: &Node, server: &Server, keeping: &JoinHandle<()>, deadline: Instant) {
     node.jobs.drain(deadline).await;
     server.close().await;
     keeping.abort();
-    judging.abort();
-    reporting.abort();
     node.residency.clear();
     let freed = async {
-        while node.residency.host().account().freeing > 0 {
+        let host = node.residency.host();
+        while host.account().freeing > 0 {
             host.changed().await
         }
         for gpu in node.residency.gpus() {
@@ -243,16 +273,6 @@ async fn serve(
     if tokio::time::timeout(FREE_TIMEOUT, freed).await.is_err() {
         tracing::warn!("memory is still being freed");
     }
-    publishing.abort();
-    node.monitor.stop().await;
-    stop.send_replace(true);
-    if let Some(page) = page {
-        // It has ended, or its exchanges have a deadline.
-        let _ = page.await;
-    }
-    reserved.give_back();
-    tracing::info!("stopped");
-    Ok(())
 }
 
 fn signals(kind: SignalKind) -> Result<tokio::signal::unix::Signal> {
@@ -273,7 +293,7 @@ async fn page(
     metrics: &Arc<Metrics>,
     readiness: &Arc<Readiness>,
     mut stopped: watch::Receiver<bool>,
-) -> Result<Option<tokio::task::JoinHandle<()>>> {
+) -> Result<Option<JoinHandle<()>>> {
     let Some(address) = config.metrics_listen else { return Ok(None) };
     let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| {
         Error::new(Code::DaemonListen, format!("the metrics page cannot listen on {address}: {error}"))

@@ -20,6 +20,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("cli::doctor", &["cli", "topology", "probe", "staging", "sys"]),
     ("cli", &["client", "API", "topology", "probe"]),
     ("client", &["API", "sys::cuda", "sys::map", "topology"]),
+    ("in_process", &["API", "client", "daemon"]),
     ("daemon", &["api", "node", "NODE", "json"]),
     ("api::methods", &[]),
     ("api::call", &["API", "topology"]),

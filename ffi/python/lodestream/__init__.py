@@ -8,6 +8,7 @@
 
 from ._error import LodestreamError
 from ._model import Model
-from ._node import Node, connect
+from ._native import __version__
+from ._node import Node, connect, direct, load
 
-__all__ = ["LodestreamError", "Model", "Node", "connect"]
+__all__ = ["LodestreamError", "Model", "Node", "__version__", "connect", "direct", "load"]

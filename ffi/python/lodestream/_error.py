@@ -10,7 +10,12 @@ class LodestreamError(Exception):
     kept: what is still in place.
     """
 
-    def __init__(self, code: str, message: str, retryable: bool = False, kept: str = ""):
+    code: str
+    message: str
+    retryable: bool
+    kept: str
+
+    def __init__(self, code: str, message: str, retryable: bool = False, kept: str = "") -> None:
         super().__init__(code, message, retryable, kept)
         self.code = code
         self.message = message

@@ -1,160 +1,151 @@
 """An attached artifact as a mapping from tensor names to arrays."""
 
-import math
-import os
-from collections.abc import Mapping
+from __future__ import annotations
 
-import numpy
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
 
-from ._error import LodestreamError
-from ._region import check_descriptors, check_range, map_region
+from ._native import Attached
+from ._progress import Progress, Shown
 
-# safetensors' names of types that numpy has.
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "<u2",
-    "I16": "<i2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "U64": "<u8",
-    "I64": "<i8",
-    "F16": "<f2",
-    "F32": "<f4",
-    "F64": "<f8",
-    "C64": "<c8",
-}
-
-# Types of ml_dtypes, and what their bits come as without it.
-_ML_DTYPES = {
-    "BF16": ("bfloat16", "<u2"),
-    "F8_E4M3": ("float8_e4m3fn", "uint8"),
-    "F8_E5M2": ("float8_e5m2", "uint8"),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", "uint8"),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", "uint8"),
-    "F8_E8M0": ("float8_e8m0fnu", "uint8"),
-}
+_FRAMEWORKS = {"np": "np", "numpy": "np", "pt": "pt", "torch": "pt", "pytorch": "pt"}
+_MODULES = {"np": "lodestream._numpy", "pt": "lodestream._torch"}
 
 
-def _dtypes():
-    table = {name: numpy.dtype(text) for name, text in _DTYPES.items()}
+def framework_of(name: Optional[str]) -> str:
+    """``np`` or ``pt``. Without a name: ``pt`` if this process has imported torch."""
+    if name is None:
+        return "pt" if "torch" in sys.modules else "np"
     try:
-        import ml_dtypes
-    except ImportError:
-        ml_dtypes = None
-    for name, (type_name, bits) in _ML_DTYPES.items():
-        # Older versions of ml_dtypes lack some.
-        found = getattr(ml_dtypes, type_name, None)
-        table[name] = numpy.dtype(bits if found is None else found)
-    return table
-
-
-_TABLE = _dtypes()
+        return _FRAMEWORKS[name]
+    except KeyError:
+        raise ValueError(f"framework is 'np' or 'pt', not {name!r}") from None
 
 
 class Model(Mapping):
-    """A resident artifact: ``model[name]`` is a read-only array over the shared region, without a copy.
+    """A resident artifact: ``model[name]`` is a tensor over the shared memory, without a copy.
 
-    metadata: strings of the files' own headers.
-    dtypes: type of each tensor as its file has it, such as ``BF16``.
-    files: bytes of the files that are resident whole, by name, as read-only uint8 arrays.
-    digest: digest of the artifact, or None for a selection of one that was never read in full.
-    timings_ms: milliseconds that the daemon spent, by phase.
+    With ``framework="np"`` arrays are read-only. bfloat16 and float8 are the types of ``ml_dtypes`` if it is installed, else
+    ``uint16`` and ``uint8``. What is on a GPU is copied to the host.
 
-    Arrays stay readable after ``close()``, which gives only the lease back.
+    With ``framework="pt"`` tensors are torch's, on the device that was asked for. They must not be written to: the memory is
+    mapped read-only, and torch cannot know it. ``tensor.clone()`` can be.
+
+    A simulated GPU gives copies on the host in both; ``simulated`` says so.
+
+    A type that the framework lacks comes as its bytes, shape (nbytes,): ``Q4_K``, ``F6_E2M3``.
+
+    Arrays stay readable for as long as they exist, whatever happens to the model, the connection or the daemon. The lease ends
+    with ``close()``, with the connection, or when neither the model nor an array of it is left.
     """
 
-    def __init__(self, reply, fds, release):
-        self._release = release
-        self.lease = reply["lease"]
-        self.digest = reply.get("digest")
-        self.format = reply["format"]
-        self.metadata = reply["metadata"]
-        self.timings_ms = reply["timings_ms"]
-        check_descriptors(reply["regions"], fds)
-        regions = [map_region(region, fds) for region in reply["regions"]]
-        self._regions = regions
-        self._views = {}
-        for view in reply["tensors"]:
-            check_range(regions, view)
-            self._views[view["name"]] = _Place(view)
-        if len(self._views) != len(reply["tensors"]):
-            raise LodestreamError("client.protocol", "two tensors have the same name")
-        self.dtypes = {name: place.dtype for name, place in self._views.items()}
-        self.files = {}
-        for view in reply["files"]:
-            check_range(regions, view)
-            self.files[view["name"]] = _bytes(regions, view)
+    def __init__(self, attached: Attached, framework: str) -> None:
+        self._attached = attached
+        self._framework = framework
+        arrays = importlib.import_module(_MODULES[framework]).Arrays
+        regions = attached.regions()
+        self._regions = [arrays(region) for region in regions]
+        self._simulated = any(region.simulated for region in regions)
+        self._device = regions[0].device if regions else "host"
+        self._table = {name: place for name, *place in attached.tensors()}
 
-    def __getitem__(self, name):
-        return self._views[name].array(self._regions)
+    @property
+    def framework(self) -> str:
+        """``np`` or ``pt``."""
+        return self._framework
 
-    def __iter__(self):
-        return iter(self._views)
+    @property
+    def device(self) -> str:
+        """Where it is: ``host``, or ``gpu:`` and a UUID."""
+        return self._device
 
-    def __len__(self):
-        return len(self._views)
+    @property
+    def simulated(self) -> bool:
+        """Whether it is on a simulated GPU: arrays are copies on the host then."""
+        return self._simulated
 
-    def __contains__(self, name):
-        return name in self._views
+    @property
+    def lease(self) -> int:
+        """The lease's number, for the log."""
+        return self._attached.lease
 
-    def __repr__(self):
-        return f"<lodestream.Model {self.digest or 'without digest'}: {len(self)} tensors>"
+    @property
+    def digest(self) -> Optional[str]:
+        """Digest of the artifact (``sha256:…``); None for a selection of one that was never read in full."""
+        return self._attached.digest
 
-    def tensors(self):
+    @property
+    def format(self) -> str:
+        """``safetensors``, ``gguf`` or ``plain``."""
+        return self._attached.format
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Strings of the files' own headers."""
+        return self._attached.metadata
+
+    @property
+    def timings_ms(self) -> dict[str, float]:
+        """Milliseconds by phase: ``resolve``, ``load``, ``total`` of the daemon; ``request`` and ``map`` of this process."""
+        return self._attached.timings_ms
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Type of each tensor as its file has it, such as ``BF16``."""
+        return {name: place[0] for name, place in self._table.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, slowest dimension first; of the part, if one was selected."""
+        return {name: place[1] for name, place in self._table.items()}
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """Bytes of the files that are resident whole, by name, as uint8 arrays of shape (nbytes,)."""
+        files = self._attached.files()
+        return {name: self._regions[region].raw(offset, nbytes) for name, region, offset, nbytes in files}
+
+    def __getitem__(self, name: str) -> Any:
+        dtype, shape, region, offset, nbytes = self._table[name]
+        return self._regions[region].get(name, dtype, shape, offset, nbytes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
+    def __repr__(self) -> str:
+        simulated = ", simulated" if self._simulated else ""
+        return f"<lodestream.Model {self.digest or 'without digest'}: {len(self)} tensors on {self._device}{simulated}>"
+
+    def tensors(self) -> dict[str, Any]:
         """All tensors by name."""
         return dict(self)
 
-    def close(self):
-        """Gives the lease back. Can be called twice, and after the connection is closed."""
-        release, self._release = self._release, None
-        if release is not None:
-            release(self.lease)
+    def close(self) -> None:
+        """Gives the lease back; arrays stay readable. Can be called twice, and after the connection is closed."""
+        self._attached.release()
 
-    def __enter__(self):
+    def sleep(self) -> None:
+        """Gives the memory on a GPU and the lease up; tensors must not be used until ``wake``. On the host tier only the lease."""
+        self._attached.sleep()
+
+    def wake(self, progress: Progress = True) -> None:
+        """Takes the memory in again, at the same addresses: tensors of before are valid again. Loads if it must.
+
+        LodestreamError ``client.map`` if the artifact is another now.
+        """
+        with Shown(progress) as show:
+            self._attached.wake(show)
+
+    def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Place:
-    """Where a tensor lies, and as what it is read. Checked once, when it is attached."""
-
-    __slots__ = ("dtype", "_type", "_shape", "_view")
-
-    def __init__(self, view):
-        self.dtype = view["dtype"]
-        self._view = view
-        self._shape = tuple(view["shape"])
-        self._type = _TABLE.get(self.dtype)
-        if self._type is None:
-            # Block-quantised or smaller than a byte: numpy has no type for it.
-            self._type, self._shape = numpy.dtype("uint8"), (view["nbytes"],)
-        elif math.prod(self._shape) * self._type.itemsize != view["nbytes"]:
-            message = f"{view['name']!r} has {view['nbytes']} bytes, not those of its shape"
-            raise LodestreamError("client.map", message)
-
-    def array(self, regions):
-        return _bytes(regions, self._view).view(self._type).reshape(self._shape)
-
-
-def _bytes(regions, view):
-    return regions[view["region"]][view["offset"] : view["offset"] + view["nbytes"]]
-
-
-def attached(reply, fds, release):
-    """The model of an attach reply. Closes the descriptors; gives the lease back if it cannot be mapped."""
-    try:
-        return Model(reply, fds, release)
-    except (KeyError, TypeError, IndexError) as error:
-        release(reply["lease"])
-        message = f"the daemon's answer is not understood: {error!r}"
-        raise LodestreamError("client.protocol", message) from error
-    except LodestreamError:
-        release(reply["lease"])
-        raise
-    finally:
-        for fd in fds:
-            os.close(fd)

@@ -72,7 +72,8 @@ impl Server {
         }
     }
 
-    fn admit(self: Rc<Self>, socket: UnixStream) {
+    /// Serves one connection, within limits. Returns at once.
+    pub fn admit(self: Rc<Self>, socket: UnixStream) {
         let tenant = match peer::credentials(socket.as_fd()) {
             Ok((uid, gid, groups)) => Tenant { uid, gid, groups },
             Err(error) => {

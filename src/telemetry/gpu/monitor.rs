@@ -121,6 +121,20 @@ impl Monitor {
         (Monitor { letters, shared, gpus }, judged)
     }
 
+    /// Watches over nothing: for an engine in a process that is not the node's daemon.
+    pub fn idle(metrics: &Arc<Metrics>) -> Monitor {
+        let (letters, _) = mpsc::channel(1);
+        let shared = Arc::new(Shared {
+            nvml: Mutex::new(None),
+            driver: None,
+            times: Mutex::default(),
+            readings: watch::Sender::new(0),
+            letters: letters.downgrade(),
+            metrics: Arc::clone(metrics),
+        });
+        Monitor { letters, shared, gpus: Vec::new() }
+    }
+
     /// The GPUs that NVML showed at the start.
     pub fn gpus(&self) -> &[Identity] {
         &self.gpus
