@@ -29,6 +29,7 @@ pub mod config;
 pub mod daemon;
 pub mod error;
 mod json;
+pub mod measure;
 pub mod node;
 pub mod plan;
 pub mod shard;
