@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs::File;
+use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -19,6 +20,10 @@ use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 const WAIT_MAX: Duration = Duration::from_secs(60);
+
+fn at_least_one(cells: u16) -> NonZeroU16 {
+    NonZeroU16::new(cells).unwrap()
+}
 
 /// A terminal with `lodestream top` in it.
 struct Screen {
@@ -45,7 +50,7 @@ impl Screen {
         command.stdout(Stdio::from(inner.try_clone().unwrap())).stderr(Stdio::from(inner));
         let mut screen = Screen {
             terminal,
-            parser: vt100::Parser::new(lines, columns, 0),
+            parser: vt100::Parser::new(at_least_one(lines), at_least_one(columns), 0),
             child: {
                 let child = command.spawn().unwrap();
                 drop(command);
@@ -59,7 +64,7 @@ impl Screen {
     fn resize(&mut self, columns: u16, lines: u16) {
         let size = Winsize { ws_row: lines, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&self.terminal, size).unwrap();
-        self.parser.screen_mut().set_size(lines, columns);
+        self.parser.set_size(at_least_one(lines), at_least_one(columns));
     }
 
     /// Reads what is drawn until the screen says so.

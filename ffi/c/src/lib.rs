@@ -4,9 +4,9 @@
 //! every function runs in [`error::guard`] (a release build aborts at a panic anyway).
 #![allow(non_camel_case_types, reason = "names as C has them")]
 
-mod attached;
-mod error;
-mod prefetch;
+pub mod attached;
+pub mod error;
+pub mod prefetch;
 
 use std::ffi::{CStr, c_char};
 use std::path::Path;

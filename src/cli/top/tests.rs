@@ -40,7 +40,9 @@ fn key(view: &mut View, code: KeyCode) -> bool {
 fn a_frame_names_what_is_there() {
     let sample = recorded();
     let frame = frame(&mut shown(), 120, 40);
-    for part in ["jobs: 1 running", "storage-bound", "artifacts: 2", "drives and links", "errors since the start"] {
+    let bound = sample.jobs.iter().find_map(|job| job.bottleneck.as_deref().filter(|_| job.state == crate::api::methods::JobState::Running)).unwrap();
+    let bound = format!("{bound}-bound");
+    for part in ["jobs: 1 running", &bound, "artifacts: 2", "drives and links", "errors since the start"] {
         assert!(frame.contains(part), "no {part:?} in\n{frame}");
     }
     for job in &sample.jobs {
