@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::api::methods::{
-    Device, ErrorCount, Features, GpuStatus, HelloReply, HostStatus, Limits, PreloadStatus, ShardStatus, StatusReply,
+    Device, ErrorCount, Features, GpuStatus, HelloReply, HostStatus, Limits, PreloadStatus, ShardStatus,
+    StatusReply,
 };
 use crate::catalog::store::Store;
 use crate::config::{self, Config};

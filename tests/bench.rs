@@ -79,7 +79,11 @@ fn attach_is_measured_resident_and_evicted_and_leaves_no_lease() {
     let figures = &report["figures"];
     assert_eq!((list(&figures["resident_ms"]).len(), list(&figures["evicted_ms"]).len()), (3, 2));
     assert_eq!(number(&figures["tensors"]), model.tensors.len() as u64);
-    assert_eq!(daemon.metric("lodestream_jobs_ended_total", &[r#"state="done""#]), 2.0, "loaded for the cold ones only");
+    assert_eq!(
+        daemon.metric("lodestream_jobs_ended_total", &[r#"state="done""#]),
+        2.0,
+        "loaded for the cold ones only"
+    );
     daemon.connect().call("artifact.evict", &json!({"source": path})).unwrap();
     daemon.assert_idle();
 }
@@ -96,7 +100,10 @@ fn drive_tries_every_setting_in_every_round_and_names_one() {
     if !output.status.success() {
         // No O_DIRECT here, or io_uring is refused: said so.
         let error = &serde_json::from_slice::<Value>(&output.stdout).unwrap()["error"];
-        assert!(["cli.usage", "source.file.io", "source.file.permission_denied"].contains(&text(&error["code"])), "{error}");
+        assert!(
+            ["cli.usage", "source.file.io", "source.file.permission_denied"].contains(&text(&error["code"])),
+            "{error}"
+        );
         return;
     }
     let report = report(&output);
@@ -116,7 +123,8 @@ fn memory_is_measured_without_a_daemon_and_says_what_it_could_not() {
     let work = list(&figures["work"]);
     for (place, name) in work.iter().enumerate() {
         let runs = list(&list(&figures["runs"])[place]);
-        let unsaid = runs.is_empty() && !list(&report["notes"]).iter().any(|note| text(note).contains("not measured"));
+        let unsaid =
+            runs.is_empty() && !list(&report["notes"]).iter().any(|note| text(note).contains("not measured"));
         assert!(!unsaid && runs.iter().all(|run| number(&run["bytes"]) == 4 * MIB), "{name}");
     }
     assert_eq!(list(&list(&figures["runs"])[0]).len(), 2);

@@ -65,7 +65,9 @@ fn ok(output: &Output, what: &str) -> String {
 /// What the example has to print for a model.
 fn expected(model: &Model) -> Vec<String> {
     let fnv = |bytes: Vec<u8>| {
-        bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+        bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+        })
     };
     let line = |tensor: &common::model::Tensor| {
         let shape: Vec<String> = tensor.shape.iter().map(u64::to_string).collect();
@@ -129,7 +131,10 @@ fn pkg_config_says_how_to_compile() {
         return;
     };
     let flags = ok(&output, "pkg-config");
-    assert!(flags.contains("-llodestream") && flags.contains(prefix.path("include").to_str().unwrap()), "{flags}");
+    assert!(
+        flags.contains("-llodestream") && flags.contains(prefix.path("include").to_str().unwrap()),
+        "{flags}"
+    );
 }
 
 #[test]
@@ -165,7 +170,12 @@ fn valgrind_finds_nothing() {
     for (source, name) in [("tests/misuse.c", "misuse"), ("examples/attach.c", "attach")] {
         let program = prefix.compile(source, name, &[]);
         let mut command = Command::new("valgrind");
-        command.args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite,indirect"]);
+        command.args([
+            "--quiet",
+            "--error-exitcode=9",
+            "--leak-check=full",
+            "--errors-for-leak-kinds=definite,indirect",
+        ]);
         command.arg(&program).arg(&daemon.socket).arg(&model.path).env("LD_LIBRARY_PATH", prefix.path("lib"));
         succeeded(&mut command);
     }

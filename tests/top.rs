@@ -136,7 +136,9 @@ fn top_shows_a_real_daemon_in_a_real_terminal_and_outlives_it() {
     screen.resize(100, 24);
     screen.until("the lists again", |shown| shown.contains("artifacts: 1"));
     daemon.kill();
-    screen.until("a word that the daemon is away", |shown| shown.contains("the daemon closed") || shown.contains("cannot reach"));
+    screen.until("a word that the daemon is away", |shown| {
+        shown.contains("the daemon closed") || shown.contains("cannot reach")
+    });
     drop(daemon);
     let _daemon = Options::new(root.path()).budget("512MiB").socket(&socket).start();
     screen.until("the new daemon", |shown| shown.contains("artifacts: 0") && !shown.contains("cannot reach"));
@@ -146,7 +148,8 @@ fn top_shows_a_real_daemon_in_a_real_terminal_and_outlives_it() {
 
 fn top(daemon: &Daemon, arguments: &[&str]) -> Vec<u8> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lodestream"));
-    let output = command.arg("--socket").arg(&daemon.socket).args(["top", "--interval", "100ms"]).args(arguments);
+    let output =
+        command.arg("--socket").arg(&daemon.socket).args(["top", "--interval", "100ms"]).args(arguments);
     let output = output.stdin(Stdio::null()).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     output.stdout
@@ -174,7 +177,8 @@ fn one_frame_as_text_and_as_json_for_scripts() {
     assert_eq!(number(&held[0]["process"]), u64::from(std::process::id()));
     // A pipe is no terminal.
     let mut command = Command::new(env!("CARGO_BIN_EXE_lodestream"));
-    let refused = command.arg("--socket").arg(&daemon.socket).arg("top").stdin(Stdio::null()).output().unwrap();
+    let refused =
+        command.arg("--socket").arg(&daemon.socket).arg("top").stdin(Stdio::null()).output().unwrap();
     assert_eq!(refused.status.code(), Some(2));
 }
 

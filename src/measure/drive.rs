@@ -134,8 +134,9 @@ impl Target {
         let begun = Instant::now();
         let watch = Watch::start();
         loop {
-            let more =
-                failure.is_none() && started.saturating_mul(block_bytes) < bytes_max && begun.elapsed() < time;
+            let more = failure.is_none()
+                && started.saturating_mul(block_bytes) < bytes_max
+                && begun.elapsed() < time;
             while more && let Some(span) = slots.take() {
                 let read = Read {
                     file: Arc::clone(&self.file),
@@ -211,8 +212,14 @@ mod tests {
         let path = directory.path().join("file");
         fs::write(&path, "short").unwrap();
         let topology = Topology::read(Path::new("/"));
-        assert!(matches!(Target::open(directory.path(), &topology, FILE_BYTES_MIN), Err(DriveError::TooSmall(_))));
-        assert!(matches!(Target::open(&directory.path().join("none"), &topology, 1), Err(DriveError::Open { .. })));
+        assert!(matches!(
+            Target::open(directory.path(), &topology, FILE_BYTES_MIN),
+            Err(DriveError::TooSmall(_))
+        ));
+        assert!(matches!(
+            Target::open(&directory.path().join("none"), &topology, 1),
+            Err(DriveError::Open { .. })
+        ));
         fs::File::create(&path).unwrap().set_len(FILE_BYTES_MIN).unwrap();
         let target = match Target::open(directory.path(), &topology, FILE_BYTES_MIN) {
             Ok(target) => target,

@@ -74,7 +74,8 @@ fn drive(topology: &Topology, path: &Path) -> Option<String> {
         _ => "solid state",
     };
     let model = drive.model.as_deref().map(|model| format!("{model}, ")).unwrap_or_default();
-    let request = drive.request_bytes_max.map_or_else(String::new, |most| format!(", requests of {} KiB", most >> 10));
+    let request =
+        drive.request_bytes_max.map_or_else(String::new, |most| format!(", requests of {} KiB", most >> 10));
     Some(format!("{model}{kind}{request}"))
 }
 

@@ -79,7 +79,8 @@ pub struct Bench {
 impl Bench {
     /// Takes two ranges of `bytes`, rounded up to 2 MiB, in the best pages that can be had, all of them touched.
     pub fn new(bytes: u64) -> io::Result<Bench> {
-        let bytes = bytes.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
+        let bytes =
+            bytes.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
         let kinds = [PageKind::Hugetlb, PageKind::Thp, PageKind::Small].into_iter();
         let mut last = io::Error::from(io::ErrorKind::OutOfMemory);
         for pages in kinds.filter(|kind| pages::probe(*kind).is_ok()) {
@@ -139,7 +140,9 @@ mod tests {
         for work in Work::ALL {
             match bench.run(work) {
                 Ok(run) => assert_eq!(run.bytes, 4 << 20, "{work:?}"),
-                Err(error) => assert_eq!((error.kind(), work.populates().is_some()), (io::ErrorKind::Unsupported, true)),
+                Err(error) => {
+                    assert_eq!((error.kind(), work.populates().is_some()), (io::ErrorKind::Unsupported, true))
+                }
             }
         }
         for (from, to) in [(Work::Copy, 7), (Work::StreamingCopy, 9)] {

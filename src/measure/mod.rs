@@ -25,12 +25,12 @@ pub struct Run {
 
 impl Run {
     /// Bytes per second.
-    pub fn rate(&self) -> f64 {
+    pub fn rate(self) -> f64 {
         self.bytes as f64 / self.seconds.max(1e-9)
     }
 
     /// CPU-seconds for each GiB moved.
-    pub fn cpu_seconds_per_gib(&self) -> f64 {
+    pub fn cpu_seconds_per_gib(self) -> f64 {
         self.cpu_seconds / (self.bytes.max(1) as f64 / (1u64 << 30) as f64)
     }
 }

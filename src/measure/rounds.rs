@@ -24,8 +24,11 @@ impl Summary {
         values.sort_by(f64::total_cmp);
         let (least, most) = (*values.first()?, *values.last()?);
         let middle = values.len() / 2;
-        let median =
-            if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
+        let median = if values.len() % 2 == 1 {
+            values[middle]
+        } else {
+            f64::midpoint(values[middle - 1], values[middle])
+        };
         Some(Summary { median, least, most, count: values.len() })
     }
 }
@@ -106,7 +109,9 @@ mod tests {
     fn contestants_are_compared_within_their_round() {
         // The drive is half as fast in the second round: the ratio stays.
         let figures = [[10.0, 20.0], [5.0, 10.0]];
-        let rounds = Rounds::run(2, 2, |round, contestant| Ok::<_, ()>(Some(figures[round as usize][contestant]))).unwrap();
+        let rounds =
+            Rounds::run(2, 2, |round, contestant| Ok::<_, ()>(Some(figures[round as usize][contestant])))
+                .unwrap();
         let ratio = rounds.ratio(0, 1).unwrap();
         assert_eq!((ratio.least, ratio.most), (0.5, 0.5));
         assert_eq!(rounds.to_mean(1).unwrap().median, 2.0 * 20.0 / 30.0);
@@ -121,7 +126,10 @@ mod tests {
             Ok::<_, ()>((contestant == 1).then_some(1.0))
         });
         assert_eq!((asked, rounds.unwrap().of(0)), (1, None));
-        assert_eq!(Rounds::run(3, 1, |round, _| if round == 1 { Err(round) } else { Ok(Some(1.0)) }).unwrap_err(), 1);
+        assert_eq!(
+            Rounds::run(3, 1, |round, _| if round == 1 { Err(round) } else { Ok(Some(1.0)) }).unwrap_err(),
+            1
+        );
     }
 
     #[test]

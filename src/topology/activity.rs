@@ -64,7 +64,8 @@ impl Activity {
     /// Of the drives and links that `topology` knows.
     pub fn of(topology: &Topology) -> Activity {
         let drives = topology.drives.iter();
-        let behind = drives.filter_map(|drive| Some((drive.name.clone(), drive.pcie.as_ref()?.address.clone())));
+        let behind =
+            drives.filter_map(|drive| Some((drive.name.clone(), drive.pcie.as_ref()?.address.clone())));
         let gpus = topology.gpus.iter().map(|gpu| {
             let address = gpu.pcie.address.clone();
             (gpu.uuid.clone().unwrap_or_else(|| address.clone()), address)
@@ -120,7 +121,8 @@ impl Activity {
     fn pcie(&self, name: &str, address: &str) -> Option<LinkStatus> {
         let path = format!("sys/bus/pci/devices/{address}");
         // 0: the link is that of something inside the chip, and says nothing.
-        let lanes: u32 = self.tree.number(&format!("{path}/current_link_width")).filter(|lanes| *lanes > 0)?;
+        let lanes: u32 =
+            self.tree.number(&format!("{path}/current_link_width")).filter(|lanes| *lanes > 0)?;
         let speed = self.tree.text(&format!("{path}/current_link_speed")).unwrap_or_default();
         Some(LinkStatus {
             link: name.to_owned(),

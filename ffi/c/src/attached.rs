@@ -174,7 +174,8 @@ pub unsafe extern "C" fn lodestream_tensor_by_name(
         // SAFETY: the caller says so.
         let name = unsafe { text(name, "name") }?;
         let index = attached.attached.index_of(name);
-        let index = index.ok_or_else(|| Error::new(Code::SelectNoMatch, format!("there is no tensor {name:?}")))?;
+        let index =
+            index.ok_or_else(|| Error::new(Code::SelectNoMatch, format!("there is no tensor {name:?}")))?;
         let view = view(attached, index)?;
         // SAFETY: the caller says so.
         unsafe { put(tensor, view) }

@@ -18,7 +18,11 @@ struct Last {
 
 impl Last {
     fn of(error: &Error) -> Last {
-        Last { code: string(error.code.as_str()), message: string(&error.message), retryable: error.code.retryable() }
+        Last {
+            code: string(error.code.as_str()),
+            message: string(&error.message),
+            retryable: error.code.retryable(),
+        }
     }
 }
 
@@ -31,7 +35,10 @@ pub(crate) fn string(text: &str) -> CString {
 pub(crate) fn guard<T>(failed: T, body: impl FnOnce() -> Result<T>) -> T {
     // What a panic leaves half done is a client or an object that its owner can still only close.
     let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
-        Err(Error::new(Code::Internal, "a defect of the library: close the client, and report what was said on stderr"))
+        Err(Error::new(
+            Code::Internal,
+            "a defect of the library: close the client, and report what was said on stderr",
+        ))
     });
     let (value, last) = match outcome {
         Ok(value) => (value, None),

@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 mod either;
 mod node;
 pub use node::{
-    ClientStatus, ErrorCount, GpuStatus, HostStatus, PreloadStatus, ShardStatus, StatusReply, StatusRequest, TopologyRequest,
+    ClientStatus, ErrorCount, GpuStatus, HostStatus, PreloadStatus, ShardStatus, StatusReply, StatusRequest,
+    TopologyRequest,
 };
 
 /// The API versions that this build speaks, newest last.

@@ -111,15 +111,24 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
         version: VERSION,
         found,
         machine: machine::describe(&topology, subject.files.first().map(std::path::PathBuf::as_path)),
-        table: Table { columns: &[Column::Left("ARTIFACT"), Column::Left("PHASE"), Column::Right("ms")], rows },
-        plots: vec![Plot::Bars { title: "Attach of what is resident".to_owned(), unit: "ms, less is better", bars: bars.collect() }],
+        table: Table {
+            columns: &[Column::Left("ARTIFACT"), Column::Left("PHASE"), Column::Right("ms")],
+            rows,
+        },
+        plots: vec![Plot::Bars {
+            title: "Attach of what is resident".to_owned(),
+            unit: "ms, less is better",
+            bars: bars.collect(),
+        }],
         notes: vec![
             format!(
                 "{} attaches of what is resident, {} of what was evicted and dropped from the page cache before; each on a \
                  connection of its own; median (least–most).",
                 args.rounds, args.cold
             ),
-            format!("Pages: {pages}. \"touch every page\" reads one byte of each 4 KiB; memory of GPUs is not touched."),
+            format!(
+                "Pages: {pages}. \"touch every page\" reads one byte of each 4 KiB; memory of GPUs is not touched."
+            ),
             "Map is the client's own part: checking the seals, mapping, the table of tensors.".to_owned(),
         ],
         figures: json!({"bytes": size, "tensors": tensors, "resident_ms": warm, "evicted_ms": cold}),
@@ -136,7 +145,8 @@ fn once(context: &Context, request: &AttachRequest) -> Result<(Times, Attached)>
     let begun = Instant::now();
     for region in attached.regions() {
         if let Region::Host(map) = region {
-            let sum = map.as_slice().iter().step_by(PAGE_BYTES).fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+            let sum =
+                map.as_slice().iter().step_by(PAGE_BYTES).fold(0u8, |sum, byte| sum.wrapping_add(*byte));
             std::hint::black_box(sum);
         }
     }

@@ -41,7 +41,8 @@ impl Subject {
         let of = |name: &str| if path.is_dir() { path.join(name) } else { path.clone() };
         let files: Vec<PathBuf> = resolved.files.iter().map(|file| of(&file.name)).collect();
         for (file, told) in files.iter().zip(&resolved.files) {
-            let bytes = fs::metadata(file).map_err(|error| crate::cli::doctor::read::unreadable(file, &error))?.len();
+            let bytes =
+                fs::metadata(file).map_err(|error| crate::cli::doctor::read::unreadable(file, &error))?.len();
             if bytes != told.bytes {
                 let message = format!("{} is not the file that the daemon sees there", file.display());
                 return Err(Error::new(Code::SourceFileChanged, message));
@@ -64,7 +65,9 @@ impl Subject {
             select: None,
         };
         match self.client.evict(&request, &[]) {
-            Err(error) if !matches!(error.code, Code::ArtifactNotResident | Code::ArtifactNotFound) => return Err(error),
+            Err(error) if !matches!(error.code, Code::ArtifactNotResident | Code::ArtifactNotFound) => {
+                return Err(error);
+            }
             _ => {}
         }
         let deadline = Instant::now() + POOL_TIMEOUT;

@@ -63,7 +63,8 @@ impl Fio {
         let mut best: Option<(Fio, f64)> = None;
         for setting in settings {
             let fio = Fio { setting: *setting, ..usable };
-            let rate = fio.read(files)?.rate();
+            // A larger one may find too few huge pages.
+            let Ok(rate) = fio.read(files).map(Run::rate) else { continue };
             if best.is_none_or(|(_, most)| rate > most) {
                 best = Some((fio, rate));
             }
@@ -74,14 +75,23 @@ impl Fio {
     /// Reads the files once.
     pub(super) fn read(self, files: &[PathBuf]) -> Result<Run, String> {
         let mut command = Command::new("fio");
-        command.args(["--name=read", "--rw=read", "--direct=1", "--file_service_type=sequential", "--readonly"]);
+        command.args([
+            "--name=read",
+            "--rw=read",
+            "--direct=1",
+            "--file_service_type=sequential",
+            "--readonly",
+        ]);
         command.args(["--invalidate=0", "--output-format=json"]).arg(format!("--ioengine={}", self.engine));
-        command.arg(format!("--bs={}", self.setting.block_bytes)).arg(format!("--iodepth={}", self.setting.depth));
+        command
+            .arg(format!("--bs={}", self.setting.block_bytes))
+            .arg(format!("--iodepth={}", self.setting.depth));
         command.arg(format!("--filename={}", names(files)?));
         if self.huge {
             command.arg("--iomem=mmaphuge");
         }
-        let output = command.stdin(Stdio::null()).output().map_err(|error| format!("fio cannot be run: {error}"))?;
+        let output =
+            command.stdin(Stdio::null()).output().map_err(|error| format!("fio cannot be run: {error}"))?;
         let text = String::from_utf8_lossy(&output.stdout);
         // Lines of warning may stand before the document.
         let document = text.find('{').map_or("", |at| &text[at..]);
@@ -98,7 +108,8 @@ impl Fio {
             seconds,
             cpu_seconds: seconds * (job.usr_cpu + job.sys_cpu) / 100.0,
         };
-        let expected: u64 = files.iter().filter_map(|file| std::fs::metadata(file).ok()).map(|meta| meta.len()).sum();
+        let expected: u64 =
+            files.iter().filter_map(|file| std::fs::metadata(file).ok()).map(|meta| meta.len()).sum();
         // Whole blocks only: fio leaves out the unaligned tail of each file.
         let least = expected.saturating_sub(self.setting.block_bytes.saturating_mul(files.len() as u64));
         if run.bytes < least || seconds <= 0.0 {
@@ -118,7 +129,8 @@ impl Fio {
 /// fio's separator of file names is a colon; one inside a name is escaped.
 fn names(files: &[PathBuf]) -> Result<String, String> {
     let name = |path: &Path| {
-        let text = path.to_str().ok_or_else(|| format!("{} is not UTF-8, which fio needs", path.display()))?;
+        let text =
+            path.to_str().ok_or_else(|| format!("{} is not UTF-8, which fio needs", path.display()))?;
         Ok::<_, String>(text.replace(':', "\\:"))
     };
     Ok(files.iter().map(|path| name(path)).collect::<Result<Vec<_>, _>>()?.join(":"))

@@ -46,9 +46,10 @@ pub(super) fn document(report: &Report) -> String {
     let title = format!("lodestream bench {}", report.bench);
     let plots: String = report.plots.iter().map(super::plot::Plot::svg).collect();
     let notes: String = report.notes.iter().map(|note| format!("<li>{}</li>\n", escape(note))).collect();
-    let machine = report.machine.iter().map(|(what, how)| {
-        format!("<tr><th>{}</th><td>{}</td></tr>\n", escape(what), escape(how))
-    });
+    let machine = report
+        .machine
+        .iter()
+        .map(|(what, how)| format!("<tr><th>{}</th><td>{}</td></tr>\n", escape(what), escape(how)));
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width\">\n<title>{title}</title>\n<style>{STYLE}{colours}</style>\n</head>\n\
@@ -72,7 +73,10 @@ fn table(table: &Table) -> String {
         format!("<th{class}>{}</th>", escape(name))
     });
     let rows = table.rows.iter().map(|row| {
-        let cells = row.iter().zip(table.columns).map(|(cell, column)| format!("<td{}>{}</td>", of(column).1, escape(cell)));
+        let cells = row
+            .iter()
+            .zip(table.columns)
+            .map(|(cell, column)| format!("<td{}>{}</td>", of(column).1, escape(cell)));
         format!("<tr>{}</tr>\n", cells.collect::<String>())
     });
     format!("<table>\n<tr>{}</tr>\n{}</table>\n", head.collect::<String>(), rows.collect::<String>())
@@ -89,14 +93,20 @@ mod tests {
             version: "v",
             found: "<script>alert(1)</script>".to_owned(),
             machine: vec![("drive".to_owned(), "a\"b\u{1b}".to_owned())],
-            table: Table { columns: &[Column::Left("NAME"), Column::Right("SIZE")], rows: vec![vec!["x&y".to_owned(), "1".to_owned()]] },
+            table: Table {
+                columns: &[Column::Left("NAME"), Column::Right("SIZE")],
+                rows: vec![vec!["x&y".to_owned(), "1".to_owned()]],
+            },
             plots: Vec::new(),
             notes: vec!["n".to_owned()],
             figures: serde_json::Value::Null,
         };
         let text = document(&report);
         assert!(!text.contains("<script") && !text.contains('\u{1b}') && text.contains("x&amp;y"), "{text}");
-        assert!(!text.contains("src=") && !text.contains("href=") && !text.contains("url("), "nothing from elsewhere");
+        assert!(
+            !text.contains("src=") && !text.contains("href=") && !text.contains("url("),
+            "nothing from elsewhere"
+        );
         assert!(text.contains("prefers-color-scheme: dark"));
     }
 }

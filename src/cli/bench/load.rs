@@ -58,7 +58,9 @@ impl Contestant {
     fn words(&self) -> String {
         match self {
             Contestant::Fio(fio) => fio.words(),
-            Contestant::Reads(_, setting) => format!("reads alone ({} × {})", bytes(setting.block_bytes), setting.depth),
+            Contestant::Reads(_, setting) => {
+                format!("reads alone ({} × {})", bytes(setting.block_bytes), setting.depth)
+            }
             Contestant::Load => "load".to_owned(),
         }
     }
@@ -78,7 +80,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
     }
     match targets(&subject, &topology, &settings)? {
         Some((targets, setting)) => contestants.push(Contestant::Reads(targets, setting)),
-        None => notes.push("The file system has no O_DIRECT: nothing is compared with reads past the page cache.".to_owned()),
+        None => notes.push(
+            "The file system has no O_DIRECT: nothing is compared with reads past the page cache.".to_owned(),
+        ),
     }
     contestants.push(Contestant::Load);
     let load = contestants.len() - 1;
@@ -89,7 +93,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
     let rounds = Rounds::run(args.rounds, contestants.len(), |_, place| {
         subject.cool()?;
         let run = match &contestants[place] {
-            Contestant::Fio(fio) => fio.read(&subject.files).map_err(|why| Error::new(Code::Internal, why))?,
+            Contestant::Fio(fio) => {
+                fio.read(&subject.files).map_err(|why| Error::new(Code::Internal, why))?
+            }
             Contestant::Reads(targets, setting) => read_all(targets, *setting)?,
             Contestant::Load => {
                 let (run, job) = subject.load()?;
@@ -109,7 +115,8 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
     let runs = runs.into_inner();
     let rate = |place: usize| Summary::of(runs[place].iter().map(|run| gib(run.rate())));
     let rows = contestants.iter().enumerate().map(|(place, contestant)| {
-        let cpu = runs[place].iter().map(Run::cpu_seconds_per_gib).filter(|seconds| seconds.is_finite());
+        let cpu =
+            runs[place].iter().map(|run| run.cpu_seconds_per_gib()).filter(|seconds| seconds.is_finite());
         vec![
             contestant.words(),
             spread(rounds.ratio(place, 0), 2),
@@ -131,10 +138,18 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
         rounds.figures.iter().filter_map(|row| Some(row[place]? / row[0]?)).collect()
     };
     let cpu = |place: usize| -> Vec<f64> {
-        runs[place].iter().map(Run::cpu_seconds_per_gib).filter(|seconds| seconds.is_finite()).collect()
+        runs[place]
+            .iter()
+            .map(|run| run.cpu_seconds_per_gib())
+            .filter(|seconds| seconds.is_finite())
+            .collect()
     };
     let plots = vec![
-        Plot::Bars { title: "Rate to the reference of the same round".to_owned(), unit: "ratio, more is better", bars: bars(&ratios) },
+        Plot::Bars {
+            title: "Rate to the reference of the same round".to_owned(),
+            unit: "ratio, more is better",
+            bars: bars(&ratios),
+        },
         Plot::Bars { title: "CPU".to_owned(), unit: "CPU-seconds per GiB, less is better", bars: bars(&cpu) },
     ];
     let reference = contestants[0].words();
@@ -148,7 +163,10 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
     let found = if load == 0 {
         format!("A cold load of {} is {most}-bound.", bytes(subject.bytes))
     } else {
-        format!("A cold load of {} reaches {ratio:.2} of {reference}, and is {most}-bound.", bytes(subject.bytes))
+        format!(
+            "A cold load of {} reaches {ratio:.2} of {reference}, and is {most}-bound.",
+            bytes(subject.bytes)
+        )
     };
     notes.splice(0..0, [
         format!(
@@ -196,7 +214,11 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
 }
 
 /// The files for the own reader, and the setting that it is best with. `None`: they cannot be read past the page cache.
-fn targets(subject: &Subject, topology: &Topology, settings: &[Setting]) -> Result<Option<(Vec<Target>, Setting)>> {
+fn targets(
+    subject: &Subject,
+    topology: &Topology,
+    settings: &[Setting],
+) -> Result<Option<(Vec<Target>, Setting)>> {
     let mut targets = Vec::with_capacity(subject.files.len());
     for file in &subject.files {
         match Target::open(file, topology, 1) {
@@ -210,7 +232,9 @@ fn targets(subject: &Subject, topology: &Topology, settings: &[Setting]) -> Resu
     let Some(largest) = targets.iter().max_by_key(|target| target.bytes()) else { return Ok(None) };
     let mut figures = Vec::new();
     for setting in settings {
-        let run = largest.read(*setting, TRIAL_TIME, u64::MAX).map_err(|error| unreadable(&largest.path, &error))?;
+        let run = largest
+            .read(*setting, TRIAL_TIME, u64::MAX)
+            .map_err(|error| unreadable(&largest.path, &error))?;
         figures.push((*setting, run.rate()));
     }
     Ok(best(&figures).map(|setting| (targets, setting)))
@@ -220,7 +244,8 @@ fn targets(subject: &Subject, topology: &Topology, settings: &[Setting]) -> Resu
 fn read_all(targets: &[Target], setting: Setting) -> Result<Run> {
     let mut all = Run { bytes: 0, seconds: 0.0, cpu_seconds: 0.0 };
     for target in targets {
-        let run = target.read(setting, WHOLE, target.bytes()).map_err(|error| unreadable(&target.path, &error))?;
+        let run =
+            target.read(setting, WHOLE, target.bytes()).map_err(|error| unreadable(&target.path, &error))?;
         all.bytes += run.bytes;
         all.seconds += run.seconds;
         all.cpu_seconds += run.cpu_seconds;

@@ -63,7 +63,7 @@ pub(super) fn run(args: &Args) -> Result<Report> {
         Some((Summary::of(values.clone())?, values))
     };
     let rows = Work::ALL.iter().enumerate().map(|(place, work)| {
-        let cpu = Summary::of(runs[place].iter().map(Run::cpu_seconds_per_gib));
+        let cpu = Summary::of(runs[place].iter().map(|run| run.cpu_seconds_per_gib()));
         vec![
             work.as_str().to_owned(),
             spread(rate(*work).map(|(summary, _)| summary), 2),
@@ -96,7 +96,11 @@ pub(super) fn run(args: &Args) -> Result<Report> {
             ],
             rows: rows.collect(),
         },
-        plots: vec![Plot::Bars { title: "Memory, one thread".to_owned(), unit: "GiB/s", bars: bars.collect() }],
+        plots: vec![Plot::Bars {
+            title: "Memory, one thread".to_owned(),
+            unit: "GiB/s",
+            bars: bars.collect(),
+        }],
         notes,
         figures: json!({"work": Work::ALL, "pages": bench.pages.as_str(), "bytes_per_s": rounds.figures, "runs": runs}),
     })

@@ -43,12 +43,18 @@ enum What {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
-    let report = match &args.what {
+    let mut report = match &args.what {
         What::Load(args) => load::run(context, args),
         What::Attach(args) => attach::run(context, args),
         What::Drive(args) => drive::run(args),
         What::Memory(args) => memory::run(args),
     }?;
+    if cfg!(debug_assertions) {
+        report.notes.insert(
+            0,
+            "This program was built without optimisation: its CPU figures say nothing.".to_owned(),
+        );
+    }
     if let Some(path) = &args.html {
         std::fs::write(path, html::document(&report)).map_err(|error| {
             Error::new(Code::Internal, format!("{} cannot be written: {error}", path.display()))

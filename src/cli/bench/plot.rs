@@ -75,14 +75,21 @@ fn figure(title: &str, svg: &str) -> String {
 fn scale(most: f64) -> (f64, f64) {
     let most = if most.is_finite() && most > 0.0 { most } else { 1.0 };
     let power = 10f64.powf((most / 5.0).log10().floor());
-    let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|factor| factor * power).find(|step| step * 5.0 >= most * 0.999_999);
+    let step = [1.0, 2.0, 2.5, 5.0, 10.0]
+        .into_iter()
+        .map(|factor| factor * power)
+        .find(|step| step * 5.0 >= most * 0.999_999);
     let step = step.unwrap_or(power * 10.0);
     ((most / step * 0.999_999).ceil() * step, step)
 }
 
 /// A number with as many digits as it takes to tell marks of this step apart.
 fn mark(value: f64, step: f64) -> String {
-    let digits = if step >= 1.0 && step.fract() == 0.0 { 0 } else { (1.0 - step.log10().floor()).clamp(1.0, 6.0) as usize };
+    let digits = if step >= 1.0 && step.fract() == 0.0 {
+        0
+    } else {
+        (1.0 - step.log10().floor()).clamp(1.0, 6.0) as usize
+    };
     format!("{value:.digits$}")
 }
 
@@ -112,12 +119,23 @@ fn bars_svg(title: &str, unit: &str, bars: &[Bar]) -> String {
     for index in 0..=(end / step).round() as u32 {
         let value = f64::from(index) * step;
         let x = at(value);
-        let _ = writeln!(svg, "<line class=\"grid\" x1=\"{x:.1}\" y1=\"{TOP}\" x2=\"{x:.1}\" y2=\"{bottom:.1}\"/>");
+        let _ = writeln!(
+            svg,
+            "<line class=\"grid\" x1=\"{x:.1}\" y1=\"{TOP}\" x2=\"{x:.1}\" y2=\"{bottom:.1}\"/>"
+        );
         let y = bottom + 15.0;
-        let _ = writeln!(svg, "<text class=\"mark\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>", mark(value, step));
+        let _ = writeln!(
+            svg,
+            "<text class=\"mark\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>",
+            mark(value, step)
+        );
     }
     let (x, y) = (at(end / 2.0), bottom + 31.0);
-    let _ = writeln!(svg, "<text class=\"mark\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>", escape(unit));
+    let _ = writeln!(
+        svg,
+        "<text class=\"mark\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>",
+        escape(unit)
+    );
     for (place, bar) in bars.iter().enumerate() {
         let top = TOP + ROW * place as f64 + (ROW - BAR) / 2.0;
         let middle = top + BAR / 2.0;
@@ -142,7 +160,11 @@ fn bars_svg(title: &str, unit: &str, bars: &[Bar]) -> String {
             at(most)
         );
         for value in &bar.values {
-            let _ = writeln!(svg, "<circle class=\"dot\" cx=\"{:.1}\" cy=\"{middle:.1}\" r=\"2.5\"/>", at(*value));
+            let _ = writeln!(
+                svg,
+                "<circle class=\"dot\" cx=\"{:.1}\" cy=\"{middle:.1}\" r=\"2.5\"/>",
+                at(*value)
+            );
         }
         let _ = writeln!(
             svg,
@@ -162,21 +184,31 @@ fn lines_svg(title: &str, (unit, across): (&str, &str), places: &[String], serie
     let every = || series.iter().flat_map(|series| series.points.iter().flatten());
     let (end, step) = scale(every().map(|summary| summary.most).fold(0.0, f64::max));
     let right = WIDTH - RIGHT;
-    let x = |place: usize| {
-        LINES_LEFT + (right - LINES_LEFT) * (place as f64 + 0.5) / places.len().max(1) as f64
-    };
+    let x =
+        |place: usize| LINES_LEFT + (right - LINES_LEFT) * (place as f64 + 0.5) / places.len().max(1) as f64;
     let y = |value: f64| bottom - (value / end).clamp(0.0, 1.0) * (bottom - TOP);
     let mut svg = open(title, height);
     for index in 0..=(end / step).round() as u32 {
         let value = f64::from(index) * step;
         let at = y(value);
-        let _ = writeln!(svg, "<line class=\"grid\" x1=\"{LINES_LEFT}\" y1=\"{at:.1}\" x2=\"{right}\" y2=\"{at:.1}\"/>");
+        let _ = writeln!(
+            svg,
+            "<line class=\"grid\" x1=\"{LINES_LEFT}\" y1=\"{at:.1}\" x2=\"{right}\" y2=\"{at:.1}\"/>"
+        );
         let (left, text) = (LINES_LEFT - 6.0, at + 4.0);
-        let _ = writeln!(svg, "<text class=\"mark\" text-anchor=\"end\" x=\"{left}\" y=\"{text:.1}\">{}</text>", mark(value, step));
+        let _ = writeln!(
+            svg,
+            "<text class=\"mark\" text-anchor=\"end\" x=\"{left}\" y=\"{text:.1}\">{}</text>",
+            mark(value, step)
+        );
     }
     for (place, name) in places.iter().enumerate() {
         let (x, y) = (x(place), bottom + 15.0);
-        let _ = writeln!(svg, "<text class=\"mark\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>", escape(name));
+        let _ = writeln!(
+            svg,
+            "<text class=\"mark\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>",
+            escape(name)
+        );
     }
     let (middle, below) = ((LINES_LEFT + right) / 2.0, bottom + 31.0);
     let _ = writeln!(
@@ -194,8 +226,12 @@ fn lines_svg(title: &str, (unit, across): (&str, &str), places: &[String], serie
     let mut ends: Vec<(usize, f64)> = Vec::new();
     for (number, series) in series.iter().enumerate() {
         let colour = number % COLOURS;
-        let points: Vec<(f64, &Summary)> =
-            series.points.iter().enumerate().filter_map(|(place, point)| Some((x(place), point.as_ref()?))).collect();
+        let points: Vec<(f64, &Summary)> = series
+            .points
+            .iter()
+            .enumerate()
+            .filter_map(|(place, point)| Some((x(place), point.as_ref()?)))
+            .collect();
         for (x, point) in &points {
             let _ = writeln!(
                 svg,
@@ -203,9 +239,14 @@ fn lines_svg(title: &str, (unit, across): (&str, &str), places: &[String], serie
                 y(point.least),
                 y(point.most)
             );
-            let _ = writeln!(svg, "<circle class=\"fill{colour}\" cx=\"{x:.1}\" cy=\"{:.1}\" r=\"3.5\"/>", y(point.median));
+            let _ = writeln!(
+                svg,
+                "<circle class=\"fill{colour}\" cx=\"{x:.1}\" cy=\"{:.1}\" r=\"3.5\"/>",
+                y(point.median)
+            );
         }
-        let path: Vec<String> = points.iter().map(|(x, point)| format!("{x:.1},{:.1}", y(point.median))).collect();
+        let path: Vec<String> =
+            points.iter().map(|(x, point)| format!("{x:.1},{:.1}", y(point.median))).collect();
         let _ = writeln!(svg, "<polyline class=\"line{colour}\" points=\"{}\"/>", path.join(" "));
         if let Some((_, last)) = points.last() {
             ends.push((number, y(last.median)));
@@ -235,14 +276,19 @@ mod tests {
 
     #[test]
     fn scales_end_on_a_round_number_above_all_values() {
-        for (most, end, step) in [(0.95, 1.0, 0.2), (1.0, 1.0, 0.2), (1.06, 1.25, 0.25), (12.3, 15.0, 2.5), (430.0, 500.0, 100.0)] {
+        for (most, end, step) in
+            [(0.95, 1.0, 0.2), (1.0, 1.0, 0.2), (1.06, 1.25, 0.25), (12.3, 15.0, 2.5), (430.0, 500.0, 100.0)]
+        {
             let found = scale(most);
             assert!((found.0 - end).abs() < 1e-9 && (found.1 - step).abs() < 1e-9, "{most}: {found:?}");
         }
         for odd in [0.0, f64::NAN, f64::INFINITY, -1.0] {
             assert_eq!(scale(odd).0, 1.0);
         }
-        assert_eq!((mark(0.25, 0.25), mark(100.0, 100.0), mark(2.5, 2.5)), ("0.25".to_owned(), "100".to_owned(), "2.5".to_owned()));
+        assert_eq!(
+            (mark(0.25, 0.25), mark(100.0, 100.0), mark(2.5, 2.5)),
+            ("0.25".to_owned(), "100".to_owned(), "2.5".to_owned())
+        );
     }
 
     #[test]
@@ -254,7 +300,8 @@ mod tests {
         assert_eq!(svg.matches("<circle").count(), 3);
         let series = Series { name: "s".to_owned(), points: vec![Some(summary), None] };
         let places = vec!["1".to_owned(), "2".to_owned()];
-        let svg = Plot::Lines { title: "t".to_owned(), unit: "u", across: "x", places, series: vec![series] }.svg();
+        let svg =
+            Plot::Lines { title: "t".to_owned(), unit: "u", across: "x", places, series: vec![series] }.svg();
         assert_eq!(svg.matches("<circle").count(), 1);
     }
 }

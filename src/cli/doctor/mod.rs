@@ -21,17 +21,8 @@ use crate::topology::Topology;
 use read::Measured;
 
 /// Checks by how much a load suffers when they are not in order, the most first; the others come after them.
-const BY_WEIGHT: [&str; 9] = [
-    "gpu_health",
-    "gpu",
-    "read",
-    "drives",
-    "huge_pages",
-    "io_uring",
-    "seccomp",
-    "memlock",
-    "page_cache",
-];
+const BY_WEIGHT: [&str; 9] =
+    ["gpu_health", "gpu", "read", "drives", "huge_pages", "io_uring", "seccomp", "memlock", "page_cache"];
 /// How long the GPUs have to answer.
 const GPU_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -182,7 +173,8 @@ fn examine(args: &Args) -> Result<Report> {
 
 fn limits(checks: &[Check]) -> Vec<&'static str> {
     let mut wrong: Vec<&Check> = checks.iter().filter(|check| check.verdict != Verdict::Ok).collect();
-    let weight = |check: &Check| BY_WEIGHT.iter().position(|name| *name == check.check).unwrap_or(BY_WEIGHT.len());
+    let weight =
+        |check: &Check| BY_WEIGHT.iter().position(|name| *name == check.check).unwrap_or(BY_WEIGHT.len());
     wrong.sort_by_key(|check| (std::cmp::Reverse(check.verdict), weight(check)));
     let mut names: Vec<&'static str> = wrong.into_iter().map(|check| check.check).collect();
     names.dedup();

@@ -67,13 +67,19 @@ impl List {
     }
 
     /// A title, a head and as many rows as `height` has room for. Corrects what does not fit in `look`.
-    pub(super) fn lines(&self, look: &mut Look, focused: bool, width: usize, height: usize) -> Vec<Line<'static>> {
+    pub(super) fn lines(
+        &self,
+        look: &mut Look,
+        focused: bool,
+        width: usize,
+        height: usize,
+    ) -> Vec<Line<'static>> {
         look.page = height.saturating_sub(2);
         look.top = look.top.min(self.rows.len().saturating_sub(look.page));
         let rows = self.sorted(*look);
         let seen = &rows[look.top..rows.len().min(look.top + look.page)];
         let more = if seen.len() < rows.len() {
-            format!(" {}–{} of {}", look.top + 1, look.top + seen.len(), rows.len())
+            format!(", rows {}–{} of {}", look.top + 1, look.top + seen.len(), rows.len())
         } else {
             String::new()
         };
@@ -114,7 +120,8 @@ impl List {
         };
         let mut widths: Vec<usize> = self.columns.iter().enumerate().map(widest).collect();
         let all = widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1);
-        let flexible = self.rows.first().and_then(|row| row.iter().position(|cell| matches!(cell, Cell::Text(_))));
+        let flexible =
+            self.rows.first().and_then(|row| row.iter().position(|cell| matches!(cell, Cell::Text(_))));
         if let (Some(over), Some(place)) = (all.checked_sub(width), flexible) {
             widths[place] = widths[place].saturating_sub(over).max(TEXT_COLUMNS_MIN.min(widths[place]));
         }
@@ -138,7 +145,8 @@ mod tests {
     use super::*;
 
     fn list() -> List {
-        let row = |name: &str, size: f64| vec![Cell::Text(name.to_owned()), Cell::Number(size, size.to_string())];
+        let row =
+            |name: &str, size: f64| vec![Cell::Text(name.to_owned()), Cell::Number(size, size.to_string())];
         List {
             title: "things".to_owned(),
             columns: &["NAME", "SIZE"],
@@ -156,7 +164,10 @@ mod tests {
         let names = |sort, reverse| -> Vec<String> {
             let mut look = Look { sort, reverse, ..Look::default() };
             let lines = text(&list(), &mut look, 40, 10);
-            lines[2..].iter().map(|line| line.split_whitespace().next().unwrap().replace("/models/", "")).collect()
+            lines[2..]
+                .iter()
+                .map(|line| line.split_whitespace().next().unwrap().replace("/models/", ""))
+                .collect()
         };
         assert_eq!(names(None, false), ["first", "third", "second"]);
         assert_eq!(names(Some(1), false), ["third", "second", "first"]);
@@ -169,7 +180,7 @@ mod tests {
         let mut look = Look { top: 99, ..Look::default() };
         let lines = text(&list(), &mut look, 40, 4);
         assert_eq!(look, Look { top: 1, page: 2, ..Look::default() });
-        assert!(lines[0].starts_with("─ things 2–3 of 3 ─"), "{}", lines[0]);
+        assert!(lines[0].starts_with("─ things, rows 2–3 of 3 ─"), "{}", lines[0]);
         assert_eq!(lines.len(), 4);
         assert!(lines.iter().all(|line| line.chars().count() <= 40));
         assert_eq!(text(&list(), &mut look, 40, 0).len(), 0);

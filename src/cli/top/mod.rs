@@ -93,7 +93,9 @@ fn show(terminal: &mut DefaultTerminal, sampler: &Sampler, silence: Duration) ->
         terminal.draw(|frame| view.draw(frame))?;
         if event::poll(KEY_WAIT)? {
             match event::read()? {
-                Event::Key(key) if key.kind != KeyEventKind::Release && !press(&mut view, key) => return Ok(()),
+                Event::Key(key) if key.kind != KeyEventKind::Release && !press(&mut view, key) => {
+                    return Ok(());
+                }
                 // A new size is seen by the next draw.
                 _ => {}
             }

@@ -57,7 +57,8 @@ pub(super) struct Rates {
 impl Rates {
     fn between(before: Option<&Sample>, now: &Sample) -> Rates {
         let running = now.jobs.iter().filter(|job| job.state == JobState::Running);
-        let mut rates = Rates { jobs: running.clone().map(|job| (job.job, job.rate)).collect(), ..Rates::default() };
+        let mut rates =
+            Rates { jobs: running.clone().map(|job| (job.job, job.rate)).collect(), ..Rates::default() };
         // Of another daemon nothing can be compared: its counters and its jobs begin anew.
         let before = before.filter(|before| before.status.uptime_s <= now.status.uptime_s);
         let Some(before) = before else { return rates };
@@ -74,7 +75,9 @@ impl Rates {
             }
         }
         for drive in &now.status.drives {
-            let Some(old) = before.status.drives.iter().find(|old| old.drive == drive.drive) else { continue };
+            let Some(old) = before.status.drives.iter().find(|old| old.drive == drive.drive) else {
+                continue;
+            };
             let rate = DriveRate {
                 read_bytes_per_s: per_s(drive.read_bytes, old.read_bytes),
                 reads_per_s: per_s(drive.reads, old.reads),

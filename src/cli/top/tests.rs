@@ -5,6 +5,7 @@ use ratatui::backend::TestBackend;
 use serde_json::Value;
 
 use super::*;
+use crate::api::methods::{ClientStatus, JobInfo, JobState};
 
 /// What a daemon answered to `node.status`, `job.list` and `artifact.list` while a load ran beside an attached client.
 const RECORDED: &str = include_str!("recorded.json");
@@ -40,8 +41,8 @@ fn key(view: &mut View, code: KeyCode) -> bool {
 fn a_frame_names_what_is_there() {
     let sample = recorded();
     let frame = frame(&mut shown(), 120, 40);
-    let bound = sample.jobs.iter().find_map(|job| job.bottleneck.as_deref().filter(|_| job.state == crate::api::methods::JobState::Running)).unwrap();
-    let bound = format!("{bound}-bound");
+    let running = sample.jobs.iter().find(|job| job.state == JobState::Running).unwrap();
+    let bound = format!("{}-bound", running.bottleneck.as_deref().unwrap());
     for part in ["jobs: 1 running", &bound, "artifacts: 2", "drives and links", "errors since the start"] {
         assert!(frame.contains(part), "no {part:?} in\n{frame}");
     }
@@ -60,7 +61,7 @@ fn a_frame_names_what_is_there() {
 fn rates_are_what_has_changed_by_the_time_that_went_by() {
     let (mut before, mut now) = (recorded(), recorded());
     now.at = before.at + Duration::from_secs(2);
-    let running = now.jobs.iter_mut().find(|job| job.state == crate::api::methods::JobState::Running).unwrap();
+    let running = now.jobs.iter_mut().find(|job| job.state == JobState::Running).unwrap();
     running.bytes += 3000;
     now.status.drives[0].read_bytes += 4000;
     now.status.drives[0].busy_ms += 500;
@@ -88,7 +89,8 @@ fn keys_sort_scroll_turn_and_leave() {
     assert!(!frame(&mut view, 100, 30).contains('▲'), "in the daemon's order again");
     let mut sample = recorded();
     let client = sample.status.clients[0].clone();
-    sample.status.clients = (1000..1100).map(|connection| crate::api::methods::ClientStatus { connection, ..client.clone() }).collect();
+    sample.status.clients =
+        (1000..1100).map(|connection| ClientStatus { connection, ..client.clone() }).collect();
     view.update(sample);
     key(&mut view, KeyCode::BackTab);
     key(&mut view, KeyCode::Char('r'));
@@ -134,7 +136,7 @@ fn a_daemon_that_is_away_is_said_to_be_and_what_was_seen_stays() {
 fn the_frame_as_text_shows_every_row() {
     let mut sample = recorded();
     let job = sample.jobs[0].clone();
-    sample.jobs = (1000..1200).map(|number| crate::api::methods::JobInfo { job: number, ..job.clone() }).collect();
+    sample.jobs = (1000..1200).map(|number| JobInfo { job: number, ..job.clone() }).collect();
     let text = view::text(&Model::new(sample, None), 100);
     for number in 1000..1200 {
         assert!(text.contains(&number.to_string()), "{number}");

@@ -121,7 +121,8 @@ impl View {
             let focused = place == self.focused;
             put(frame, list, &mut self.looks[place], focused, parts[2 + place]);
         }
-        let [left, right] = Layout::horizontal([Constraint::Percentage(60), Constraint::Fill(1)]).areas(parts[6]);
+        let [left, right] =
+            Layout::horizontal([Constraint::Percentage(60), Constraint::Fill(1)]).areas(parts[6]);
         put(frame, top, &mut Look::default(), false, left);
         put(frame, bottom, &mut Look::default(), false, right);
         let dim = Style::new().add_modifier(Modifier::DIM);
@@ -163,7 +164,8 @@ fn lines_of(list: &List) -> usize {
 fn share(wanted: &[usize; LISTS], lines: usize) -> [usize; LISTS] {
     let mut given = wanted.map(|wanted| wanted.min(LIST_LINES_MIN));
     while given.iter().sum::<usize>() < lines {
-        let poorest = (0..LISTS).filter(|&place| given[place] < wanted[place]).min_by_key(|&place| given[place]);
+        let poorest =
+            (0..LISTS).filter(|&place| given[place] < wanted[place]).min_by_key(|&place| given[place]);
         let Some(place) = poorest else { break };
         given[place] += 1;
     }
@@ -220,7 +222,8 @@ fn tier(name: &str, resident: u64, other: u64, budget: u64, more: &str) -> Line<
     };
     let full = cells(resident);
     let taken = cells(resident.saturating_add(other)).max(full);
-    let bar = format!("{}{}{}", "#".repeat(full), "+".repeat(taken - full), "-".repeat(BAR_CELLS as usize - taken));
+    let bar =
+        format!("{}{}{}", "#".repeat(full), "+".repeat(taken - full), "-".repeat(BAR_CELLS as usize - taken));
     Line::from(vec![
         Span::styled(format!("{:<12} ", printable(name)), Style::new().add_modifier(Modifier::BOLD)),
         Span::styled(format!("[{bar}]"), Style::new().fg(Color::Cyan)),
@@ -349,7 +352,8 @@ fn bottom(model: &Model) -> [List; 2] {
     for link in &status.links {
         let now = rates.links.get(&link.link).copied();
         let moved = now.map_or_else(String::new, |now| format!("in {}", rate(now.received_bytes_per_s)));
-        let mut more: Vec<String> = now.iter().map(|now| format!("out {}", rate(now.sent_bytes_per_s))).collect();
+        let mut more: Vec<String> =
+            now.iter().map(|now| format!("out {}", rate(now.sent_bytes_per_s))).collect();
         if let Some(lanes) = link.lanes {
             more.push(format!("PCIe ×{lanes} of ×{}", link.lanes_max.unwrap_or(lanes)));
         }
