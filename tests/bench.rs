@@ -28,7 +28,7 @@ fn report(output: &Output) -> Value {
 /// The figures of each round: as many as were asked for, each contestant in each.
 #[track_caller]
 fn assert_rounds(rounds: &Value, count: usize, contestants: usize) {
-    let rounds = list(&rounds["figures"]);
+    let rounds = list(rounds);
     assert_eq!(rounds.len(), count);
     for round in rounds {
         let ran = list(round).iter().filter(|rate| rate.as_f64().is_some_and(|rate| rate > 0.0)).count();

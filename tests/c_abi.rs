@@ -11,6 +11,7 @@ use std::process::{Command, Output};
 use common::daemon::Daemon;
 use common::directory;
 use common::model::Model;
+use serde_json::json;
 
 /// The library, header and pkg-config file as a user has them, and programs that were compiled with them.
 struct Prefix {
@@ -21,9 +22,15 @@ impl Prefix {
     fn install() -> Prefix {
         let prefix = Prefix { directory: directory() };
         let install = concat!(env!("CARGO_MANIFEST_DIR"), "/ffi/c/install");
-        // Beside the binary lies what was built with it.
-        let build = Path::new(env!("CARGO_BIN_EXE_lodestream")).parent().unwrap();
+        // Where cargo puts what the tests only depend on.
+        let build = Path::new(env!("CARGO_BIN_EXE_lodestream")).parent().unwrap().join("deps");
         succeeded(Command::new(install).arg(prefix.path("")).arg(build));
+        // Without what debuggers want, which valgrind would read for minutes.
+        succeeded(
+            Command::new("strip")
+                .arg("--strip-debug")
+                .arg(prefix.path(concat!("lib/liblodestream.so.", env!("CARGO_PKG_VERSION")))),
+        );
         prefix
     }
 
@@ -86,44 +93,48 @@ fn sorted(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_example_reads_every_tensor_and_a_careless_program_is_told_what_is_wrong() {
+fn c_programs_read_every_tensor_and_careless_ones_are_told_what_is_wrong() {
     let root = directory();
     let model = Model::mixed(&root.path().join("m"), 60);
     let other = Model::mixed(&root.path().join("n"), 61);
     let mut daemon = Daemon::start(root.path());
+    // Once for everything: a library that was built for debugging is large.
     let prefix = Prefix::install();
     let example = prefix.compile("examples/attach.c", "attach", &[]);
+    let misuse = prefix.compile("tests/misuse.c", "misuse", &[]);
     let arguments = [daemon.socket.as_path(), model.path.as_path()];
     assert_eq!(sorted(&ok(&prefix.run(&example, &arguments), "attach")), expected(&model));
     let select = [arguments[0], arguments[1], Path::new(r#"{"select": ["head.*"]}"#)];
     assert_eq!(ok(&prefix.run(&example, &select), "attach").lines().count(), 1);
     let refused = prefix.run(&example, &[arguments[0], Path::new("/nonexistent")]);
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("[source.file.outside_root]"), "{refused:?}");
-    let misuse = prefix.compile("tests/misuse.c", "misuse", &[]);
-    ok(&prefix.run(&misuse, &[&daemon.socket, &other.path]), "misuse");
-    // Also linked into the program whole.
-    let archive = prefix.path("lib/liblodestream.a");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("[source.file."), "{refused:?}");
+    let careless = [daemon.socket.as_path(), other.path.as_path()];
+    ok(&prefix.run(&misuse, &careless), "misuse");
+
+    pkg_config(&prefix);
+    evict(&daemon, &other);
+    address_sanitizer(&prefix, &arguments, &careless);
+    evict(&daemon, &other);
+    valgrind(&prefix, [(&example, &arguments), (&misuse, &careless)]);
+
+    // Linked into the program whole.
     std::fs::remove_file(prefix.path("lib/liblodestream.so")).unwrap();
-    assert!(archive.exists());
-    let whole = prefix.compile("examples/attach.c", "whole", &["-pthread"]);
+    let whole = prefix.compile("examples/attach.c", "whole", &[]);
     assert_eq!(sorted(&ok(&prefix.run(&whole, &arguments), "linked whole")), expected(&model));
-    drop(prefix);
-    for path in [&model.path, &other.path] {
-        daemon.connect().call("artifact.evict", &serde_json::json!({"source": path})).unwrap();
-    }
-    for path in [&model.path, &other.path] {
-        let select = [("head.*", path), ("embed.*", path)];
-        for (glob, path) in select {
-            let request = serde_json::json!({"source": path, "select": [glob]});
-            drop(daemon.connect().call("artifact.evict", &request));
-        }
-    }
+    evict(&daemon, &model);
+    evict(&daemon, &other);
     daemon.assert_idle();
 }
 
-#[test]
-fn pkg_config_says_how_to_compile() {
-    let prefix = Prefix::install();
+/// Evicts a model and the selections of it that the programs have attached.
+fn evict(daemon: &Daemon, model: &Model) {
+    for select in [serde_json::Value::Null, json!(["head.*"]), json!(["embed.*"])] {
+        // What is not resident is gone as well.
+        drop(daemon.connect().call("artifact.evict", &json!({"source": model.path, "select": select})));
+    }
+}
+
+fn pkg_config(prefix: &Prefix) {
     let mut command = Command::new("pkg-config");
     command.args(["--cflags", "--libs", "lodestream"]).env("PKG_CONFIG_PATH", prefix.path("lib/pkgconfig"));
     let Ok(output) = command.output() else {
@@ -131,18 +142,10 @@ fn pkg_config_says_how_to_compile() {
         return;
     };
     let flags = ok(&output, "pkg-config");
-    assert!(
-        flags.contains("-llodestream") && flags.contains(prefix.path("include").to_str().unwrap()),
-        "{flags}"
-    );
+    assert!(flags.contains("-llodestream") && flags.contains("/include"), "{flags}");
 }
 
-#[test]
-fn the_address_sanitizer_finds_nothing() {
-    let root = directory();
-    let model = Model::mixed(&root.path().join("m"), 62);
-    let daemon = Daemon::start(root.path());
-    let prefix = Prefix::install();
+fn address_sanitizer(prefix: &Prefix, attach: &[&Path], misuse: &[&Path]) {
     let probe = prefix.path("probe.c");
     std::fs::write(&probe, "int main(void) { return 0; }\n").unwrap();
     let sanitize = ["-fsanitize=address", "-fno-omit-frame-pointer"];
@@ -151,32 +154,22 @@ fn the_address_sanitizer_finds_nothing() {
         eprintln!("skipped: this compiler has no AddressSanitizer");
         return;
     }
-    for (source, name) in [("tests/misuse.c", "misuse"), ("examples/attach.c", "attach")] {
-        let program = prefix.compile(source, name, &sanitize);
-        ok(&prefix.run(&program, &[&daemon.socket, &model.path]), name);
+    for (source, arguments) in [("tests/misuse.c", misuse), ("examples/attach.c", attach)] {
+        let program = prefix.compile(source, "sanitized", &sanitize);
+        ok(&prefix.run(&program, arguments), source);
     }
 }
 
-#[test]
-fn valgrind_finds_nothing() {
+fn valgrind(prefix: &Prefix, programs: [(&PathBuf, &[&Path; 2]); 2]) {
     if Command::new("valgrind").arg("--version").output().is_err() {
         eprintln!("skipped: valgrind is not installed");
         return;
     }
-    let root = directory();
-    let model = Model::mixed(&root.path().join("m"), 63);
-    let daemon = Daemon::start(root.path());
-    let prefix = Prefix::install();
-    for (source, name) in [("tests/misuse.c", "misuse"), ("examples/attach.c", "attach")] {
-        let program = prefix.compile(source, name, &[]);
+    for (program, arguments) in programs {
         let mut command = Command::new("valgrind");
-        command.args([
-            "--quiet",
-            "--error-exitcode=9",
-            "--leak-check=full",
-            "--errors-for-leak-kinds=definite,indirect",
-        ]);
-        command.arg(&program).arg(&daemon.socket).arg(&model.path).env("LD_LIBRARY_PATH", prefix.path("lib"));
+        command.args(["--quiet", "--error-exitcode=9", "--leak-check=full"]);
+        command.arg("--errors-for-leak-kinds=definite,indirect");
+        command.arg(program).args(arguments).env("LD_LIBRARY_PATH", prefix.path("lib"));
         succeeded(&mut command);
     }
 }
