@@ -134,9 +134,9 @@ impl Target {
         let begun = Instant::now();
         let watch = Watch::start();
         loop {
-            let more = failure.is_none()
-                && started.saturating_mul(block_bytes) < bytes_max
-                && begun.elapsed() < time;
+            let within = started.saturating_mul(block_bytes) < bytes_max && begun.elapsed() < time;
+            // Once at least: a thread that had to wait for its CPU has measured nothing yet.
+            let more = failure.is_none() && (started == 0 || within);
             while more && let Some(span) = slots.take() {
                 let read = Read {
                     file: Arc::clone(&self.file),

@@ -128,7 +128,8 @@ fn a_daemon_that_is_away_is_said_to_be_and_what_was_seen_stays() {
     assert!(away.contains("cannot reach the daemon") && away.contains("jobs: 1 running"), "{away}");
     view.update(recorded());
     assert!(!frame(&mut view, 120, 40).contains("cannot reach"));
-    let mut never = View { away: Some("no daemon".to_owned()), ..View::default() };
+    let mut never = View::default();
+    never.away = Some("no daemon".to_owned());
     assert!(frame(&mut never, 80, 24).contains("no daemon"));
 }
 
