@@ -60,6 +60,7 @@ fn load_is_cold_each_time_and_compared_with_the_reference_of_its_round() {
     assert!(page.contains("reference of the same round") && !page.contains("<script"));
     // What somebody has pinned is left alone.
     let source = json!({"source": path});
+    daemon.connect().load(&model.path);
     daemon.connect().call("artifact.pin", &source).unwrap();
     let refused = bench(&daemon.socket, &["load", path, "--json"]);
     assert_eq!(refused.status.code(), Some(6), "{refused:?}");
