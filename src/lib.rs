@@ -30,6 +30,7 @@ pub mod daemon;
 pub mod error;
 pub mod in_process;
 mod json;
+pub mod measure;
 pub mod node;
 pub mod plan;
 pub mod probe;

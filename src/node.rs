@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::api::methods::{
-    Device, Features, GpuStatus, HelloReply, HostStatus, Limits, PreloadStatus, ShardStatus, StatusReply,
+    Device, ErrorCount, Features, GpuStatus, HelloReply, HostStatus, Limits, PreloadStatus, ShardStatus,
+    StatusReply,
 };
 use crate::catalog::store::Store;
 use crate::config::{self, Config};
@@ -21,7 +22,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
 use crate::tier::DeviceId;
 use crate::tier::residency::{Residency, Viewer};
-use crate::topology::Topology;
+use crate::topology::{Activity, Topology};
 use crate::transfer::{self, HeaderGate, Jobs};
 
 /// Name and version, as replies give it.
@@ -51,6 +52,8 @@ pub struct Node {
     pub connections: Cell<u32>,
     /// Leases held by connections.
     pub leases: Cell<u32>,
+    /// What drives and links move.
+    pub activity: Activity,
     /// Watches over the GPUs.
     pub monitor: Monitor,
     pub(crate) features: Features,
@@ -159,8 +162,12 @@ impl Node {
         if gpus[index].lost() { Err(gpus[index].lost_error()) } else { Ok(DeviceId::Gpu(index)) }
     }
 
-    /// The reply to `node.status`. The preload list names paths, so it is for those who may look at everyone.
+    /// The reply to `node.status`, without the connections. The preload list names paths, and the counters tell what
+    /// others do, so they are for those who may look at everyone.
     pub fn status(&self, viewer: Viewer) -> StatusReply {
+        let all = viewer.is_none();
+        let errors = self.metrics.errors().into_iter();
+        let errors = errors.map(|(code, count)| ErrorCount { code: code.as_str().to_owned(), count });
         let host = self.residency.host();
         let account = host.account();
         let options = self.shards.iter().map(Shard::options);
@@ -197,7 +204,11 @@ impl Node {
             connections: self.connections.get(),
             leases: self.leases.get(),
             jobs: self.jobs.open() as u32,
-            preload: if viewer.is_none() { self.preload.borrow().clone() } else { Vec::new() },
+            preload: if all { self.preload.borrow().clone() } else { Vec::new() },
+            clients: Vec::new(),
+            drives: if all { self.activity.drives() } else { Vec::new() },
+            links: if all { self.activity.links() } else { Vec::new() },
+            errors: if all { errors.collect() } else { Vec::new() },
         }
     }
 

@@ -249,6 +249,8 @@ fn completions_name_every_subcommand() {
         "unpin",
         "jobs",
         "status",
+        "top",
+        "bench",
         "doctor",
         "completions",
     ] {

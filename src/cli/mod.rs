@@ -5,6 +5,7 @@
 
 mod artifact;
 mod attach;
+mod bench;
 mod completions;
 mod doctor;
 mod jobs;
@@ -20,6 +21,7 @@ mod serve;
 mod source;
 mod stat;
 mod status;
+mod top;
 mod unpin;
 
 use std::ffi::OsString;
@@ -78,6 +80,10 @@ enum Command {
     Jobs(jobs::Args),
     /// Show how the daemon is doing
     Status,
+    /// Watch what the daemon does, live
+    Top(top::Args),
+    /// Measure loads, attaches, the drive and memory
+    Bench(bench::Args),
     /// Say what limits this node and what to change; needs no daemon
     Doctor(doctor::Args),
     /// Print a completion script for a shell
@@ -141,6 +147,8 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Unpin(args) => unpin::run(context, &args),
         Command::Jobs(args) => jobs::run(context, &args),
         Command::Status => status::run(context),
+        Command::Top(args) => top::run(context, &args),
+        Command::Bench(args) => bench::run(context, &args),
         // What it finds decides its exit code.
         Command::Doctor(args) => return doctor::run(context.output, &args),
         Command::Probe(settings) => probe::run(context.output, &settings),

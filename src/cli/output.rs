@@ -21,6 +21,11 @@ impl Output {
         Output { json }
     }
 
+    /// Whether one JSON document is wanted instead of text.
+    pub(super) fn is_json(self) -> bool {
+        self.json
+    }
+
     /// Whether there may be a progress bar: on a terminal and for a person.
     pub(super) fn shows_progress(self) -> bool {
         !self.json && io::IsTerminal::is_terminal(&io::stderr())

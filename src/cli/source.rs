@@ -65,7 +65,7 @@ pub(super) fn digest(text: &str) -> Option<&str> {
 }
 
 /// URIs as they are; a path is made absolute, because the daemon has another working directory.
-fn uri(text: &str) -> Result<String> {
+pub(super) fn uri(text: &str) -> Result<String> {
     if text.contains("://") {
         return Ok(text.to_owned());
     }

@@ -210,7 +210,17 @@ impl Attached {
 
     /// The tensor with this name.
     pub fn tensor(&self, name: &str) -> Option<TensorRef<'_>> {
-        self.reply.tensors.get(*self.index.get(name)?).map(|view| self.view(view))
+        self.tensor_at(self.index_of(name)?)
+    }
+
+    /// The place of the tensor with this name among [`Attached::tensors`].
+    pub fn index_of(&self, name: &str) -> Option<usize> {
+        self.index.get(name).copied()
+    }
+
+    /// The tensor at this place among [`Attached::tensors`].
+    pub fn tensor_at(&self, place: usize) -> Option<TensorRef<'_>> {
+        self.reply.tensors.get(place).map(|view| self.view(view))
     }
 
     /// All tensors, in the daemon's order.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -16,6 +16,7 @@ use serde_json::value::RawValue;
 use super::{ClientError, Progress, refusal};
 use crate::api::scm;
 use crate::api::wire::{self, FrameReader, Id, JOB_PROGRESS, Message};
+use crate::sys::peer;
 
 /// Longest line that is taken from a daemon: four times its default for replies.
 const REPLY_BYTES_MAX: usize = 256 << 20;
@@ -84,6 +85,10 @@ impl Connection {
     /// Whether requests can be made still.
     pub(super) fn is_usable(&self) -> bool {
         self.is_own() && !self.broken
+    }
+
+    pub(super) fn process(&self) -> Option<i32> {
+        peer::process(self.stream.as_fd()).ok().filter(|process| *process > 0)
     }
 
     /// Sends a request with descriptors, and gives its reply with the descriptors that came with it.

@@ -157,6 +157,11 @@ impl Client {
         self.connection.tell("lease.release", &ReleaseRequest { lease });
     }
 
+    /// The daemon's process, as this one sees it; `None` where it does not.
+    pub fn process(&self) -> Option<i32> {
+        self.connection.process()
+    }
+
     /// `hello`: picks the API version and says who and what the daemon is.
     pub fn hello(&mut self) -> Result<HelloReply> {
         let request = HelloRequest {

@@ -36,7 +36,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::{Readiness, State};
 use crate::tier::host::{Host, PageChoice};
 use crate::tier::residency::Residency;
-use crate::topology::Topology;
+use crate::topology::{Activity, Topology};
 use crate::transfer::{HeaderGate, Jobs};
 
 /// Below so many open descriptors an ordinary number of artifacts and clients may not fit.
@@ -218,6 +218,7 @@ fn compose(
     let contexts: Vec<_> = gpus.iter().map(|gpu| Arc::clone(gpu.context())).collect();
     let residency = Residency::new(host, gpus);
     let topology = Topology::read(std::path::Path::new("/")).with_gpus(monitor.gpus());
+    let activity = Activity::of(&topology);
     let plane = shards::start(&config.data_plane, reader, topology, &contexts)?;
     let shards = Rc::new(plane.shards);
     let headers = Rc::new(HeaderGate::default());
@@ -244,6 +245,7 @@ fn compose(
         leases: Cell::new(0),
         features,
         no_gpus,
+        activity,
         monitor,
         shard_devices: plane.devices,
         preload: RefCell::default(),

@@ -14,6 +14,11 @@ pub fn credentials(socket: BorrowedFd<'_>) -> io::Result<(u32, u32, Vec<u32>)> {
     Ok((peer.uid.as_raw(), peer.gid.as_raw(), groups(socket)?))
 }
 
+/// The process that connected, as this one sees it; it may have ended since.
+pub fn process(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    Ok(rustix::net::sockopt::socket_peercred(socket)?.pid.as_raw_pid())
+}
+
 /// A descriptor of the process that connected, readable once that has ended. Needs Linux 6.5.
 pub fn pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut fd: libc::c_int = -1;
@@ -73,5 +78,6 @@ mod tests {
         let (uid, gid, _) = super::credentials(one.as_fd()).unwrap();
         assert_eq!(uid, rustix::process::geteuid().as_raw());
         assert_eq!(gid, rustix::process::getegid().as_raw());
+        assert_eq!(super::process(one.as_fd()).unwrap(), rustix::process::getpid().as_raw_pid());
     }
 }

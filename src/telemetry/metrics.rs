@@ -305,6 +305,14 @@ impl Metrics {
         self.errors.get_or_create(&CodeLabels { code: Outcome::Failed(code) }).inc();
     }
 
+    /// The errors that have happened, and how often.
+    pub fn errors(&self) -> Vec<(Code, u64)> {
+        let count = |code: &Code| {
+            (*code, self.errors.get_or_create(&CodeLabels { code: Outcome::Failed(*code) }).get())
+        };
+        Code::ALL.iter().map(count).filter(|(_, count)| *count > 0).collect()
+    }
+
     /// A connection was refused.
     pub fn connection_refused(&self, reason: Refusal) {
         self.connections_refused.get_or_create(&RefusalLabels { reason }).inc();

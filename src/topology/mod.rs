@@ -3,6 +3,7 @@
 //! Read once at start and on request; nothing here is on a hot path. What a kernel does not show is absent and
 //! what it shows malformed is treated as absent: a strange machine must not keep the daemon from starting.
 
+mod activity;
 mod drive;
 mod numa;
 mod pcie;
@@ -15,6 +16,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use activity::{Activity, DriveStatus, LinkStatus};
 pub use drive::Drive;
 pub use numa::{HugePages, NumaNode};
 pub use pcie::{Gpu, Nic, PciePlace};

@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 mod either;
 mod node;
 pub use node::{
-    DirectState, DirectStatus, GpuStatus, HostStatus, PreloadStatus, ShardStatus, StatusReply, StatusRequest,
-    TopologyRequest,
+    ClientStatus, DirectState, DirectStatus, ErrorCount, GpuStatus, HostStatus, PreloadStatus, ShardStatus,
+    StatusReply, StatusRequest, TopologyRequest,
 };
 
 /// The API versions that this build speaks, newest last.

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{ErrorData, Features, JobState};
+use crate::topology::{DriveStatus, LinkStatus};
 
 /// `node.status`: what an operator asks first.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
@@ -40,6 +41,46 @@ pub struct StatusReply {
     pub jobs: u32,
     /// Preloads that the configuration names, and how each stands.
     pub preload: Vec<PreloadStatus>,
+    /// Open connections: all for the daemon's own user and root, else those of this tenant.
+    #[serde(default)]
+    pub clients: Vec<ClientStatus>,
+    /// Drives, counted since the machine started. Empty for all but the daemon's own user and root; so are the next two.
+    #[serde(default)]
+    pub drives: Vec<DriveStatus>,
+    /// Network cards, and the PCIe links of drives and GPUs, counted since the machine started.
+    #[serde(default)]
+    pub links: Vec<LinkStatus>,
+    /// Errors since the start of the daemon, by code, without those that never happened.
+    #[serde(default)]
+    pub errors: Vec<ErrorCount>,
+}
+
+/// One open connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ClientStatus {
+    /// Its number, unique while the daemon runs; the middle part of a `request` in the log.
+    pub connection: u64,
+    /// Who it acts for: `uid:1000`.
+    pub tenant: String,
+    /// The process that connected, as the daemon sees it.
+    pub process: i32,
+    /// What it called itself in `hello`; empty if it did not.
+    pub name: String,
+    /// Leases that it holds.
+    pub leases: u32,
+    /// Sum of the sizes of what they are on, bytes. Two leases on one artifact count twice.
+    pub leased_bytes: u64,
+    /// Requests that are not answered yet.
+    pub requests: u32,
+}
+
+/// How often an error has happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ErrorCount {
+    /// Its code.
+    pub code: String,
+    /// How often.
+    pub count: u64,
 }
 
 /// The host tier.

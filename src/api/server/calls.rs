@@ -9,10 +9,11 @@ use super::writer::Outgoing;
 use crate::api::call::Call;
 use crate::api::methods::{
     EmptyReply, HelloReply, HelloRequest, JobListReply, JobReply, JobWaitRequest, ListReply, PrefetchReply,
-    PrefetchRequest, ReleaseRequest, VERSIONS,
+    PrefetchRequest, ReleaseRequest, StatusReply, VERSIONS,
 };
 use crate::api::wire;
 use crate::error::{Code, Error, Result};
+use crate::json::shown;
 use crate::tier::DeviceId;
 use crate::tier::residency::Hold;
 use crate::tier::residency::not_resident;
@@ -84,7 +85,10 @@ impl Connection {
                 let jobs = node.jobs.list(self.viewer()).iter().map(|job| job.info()).collect();
                 self.reply(id, &JobListReply { jobs })
             }
-            Call::NodeStatus(_) => self.reply(id, &node.status(self.viewer())),
+            Call::NodeStatus(_) => {
+                let clients = self.clients.list(self.viewer());
+                self.reply(id, &StatusReply { clients, ..node.status(self.viewer()) })
+            }
             Call::NodeTopology(_) => self.reply(id, &node.topology().await?),
         }
     }
@@ -102,6 +106,7 @@ impl Connection {
             return Err(Error::new(Code::ApiVersionUnsupported, message));
         };
         tracing::debug!(connection = self.number, client = request.client, version, "hello");
+        *self.name.borrow_mut() = shown(&request.client);
         Ok(self.node.hello(*version, &self.tenant, &self.limits))
     }
 

@@ -18,6 +18,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::clients::Clients;
 use super::writer::{self, Outgoing};
 use crate::api::call::{Call, parse_call};
 use crate::api::methods::Source;
@@ -45,12 +46,18 @@ pub(super) struct Connection {
     pub(super) node: Rc<Node>,
     pub(super) number: u64,
     pub(super) tenant: Tenant,
+    /// The process that connected; 0 if the kernel does not say.
+    pub(super) process: i32,
+    /// What it calls itself.
+    pub(super) name: RefCell<String>,
+    /// All connections, this one among them.
+    pub(super) clients: Rc<Clients>,
     /// The client's process, if the kernel can name it.
     pub(super) importer: Option<Importer>,
     pub(super) limits: Limits,
     pub(super) leases: RefCell<HashMap<u64, Hold>>,
     pub(super) interests: RefCell<HashMap<JobId, Interest>>,
-    in_flight: Cell<u32>,
+    pub(super) in_flight: Cell<u32>,
     requests: Cell<u64>,
     out: mpsc::Sender<Outgoing>,
 }
@@ -61,6 +68,7 @@ pub(super) async fn serve(
     socket: UnixStream,
     number: u64,
     tenant: Tenant,
+    clients: Rc<Clients>,
     mut closing: watch::Receiver<bool>,
 ) {
     let limits = node.config().limits.clone();
@@ -70,6 +78,9 @@ pub(super) async fn serve(
         node: Rc::clone(node),
         number,
         tenant,
+        process: peer::process(socket.as_fd()).unwrap_or(0),
+        name: RefCell::default(),
+        clients,
         importer: peer::pidfd(socket.as_fd()).ok().map(Arc::new),
         limits,
         leases: RefCell::default(),
@@ -78,6 +89,7 @@ pub(super) async fn serve(
         requests: Cell::new(0),
         out,
     });
+    connection.clients.enter(&connection);
     let mut tasks = JoinSet::new();
     let mut writing = Box::pin(writer::write(&connection, &socket, queue));
     tokio::select! {
@@ -90,6 +102,7 @@ pub(super) async fn serve(
         () = connection.read(&socket, &mut tasks) => {}
         _ = closing.wait_for(|closing| *closing) => {}
     }
+    connection.clients.leave(number);
     // Requests first, then the replies that name memory, then what keeps that memory.
     tasks.shutdown().await;
     drop(writing);

@@ -2,6 +2,7 @@
 
 mod artifact;
 mod calls;
+mod clients;
 mod connection;
 mod writer;
 
@@ -14,6 +15,8 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
+
+use clients::Clients;
 
 use crate::api::{scm, wire};
 use crate::error::{Code, Error, Result};
@@ -34,6 +37,7 @@ pub struct Server {
     by_tenant: RefCell<HashMap<u32, u32>>,
     next: Cell<u64>,
     closing: watch::Sender<bool>,
+    clients: Rc<Clients>,
 }
 
 impl Server {
@@ -45,6 +49,7 @@ impl Server {
             by_tenant: RefCell::default(),
             next: Cell::new(1),
             closing: watch::Sender::new(false),
+            clients: Rc::default(),
         })
     }
 
@@ -99,7 +104,8 @@ impl Server {
         let number = self.next.replace(self.next.get() + 1);
         tokio::task::spawn_local(async move {
             let uid = tenant.uid;
-            connection::serve(&self.node, socket, number, tenant, self.closing.subscribe()).await;
+            let clients = Rc::clone(&self.clients);
+            connection::serve(&self.node, socket, number, tenant, clients, self.closing.subscribe()).await;
             self.closed(uid);
         });
     }

@@ -6,7 +6,7 @@ mod gpu;
 mod host;
 mod pair;
 mod place;
-mod read;
+pub(super) mod read;
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,9 @@ use crate::telemetry::gpu::{Absent, Driver, Gone, Identity, Nvml, Reading};
 use crate::topology::Topology;
 use read::Measured;
 
+/// Checks by how much a load suffers when they are not in order, the most first; the others come after them.
+const BY_WEIGHT: [&str; 9] =
+    ["gpu_health", "gpu", "read", "drives", "huge_pages", "io_uring", "seccomp", "memlock", "page_cache"];
 /// How long the GPUs have to answer.
 const GPU_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -117,6 +120,8 @@ impl Gpus {
 struct Report {
     /// The worst of all checks.
     verdict: Verdict,
+    /// Checks that are not in order: what does not work, then what limits loads most.
+    limits: Vec<&'static str>,
     checks: Vec<Check>,
     #[serde(skip_serializing_if = "Option::is_none")]
     driver: Option<Driver>,
@@ -151,6 +156,7 @@ fn examine(args: &Args) -> Result<Report> {
     };
     Ok(Report {
         verdict: checks.iter().map(|check| check.verdict).max().unwrap_or(Verdict::Ok),
+        limits: limits(&checks),
         checks,
         driver: gpus.driver.ok(),
         gpus: gpus
@@ -165,6 +171,16 @@ fn examine(args: &Args) -> Result<Report> {
         topology,
         reads,
     })
+}
+
+fn limits(checks: &[Check]) -> Vec<&'static str> {
+    let mut wrong: Vec<&Check> = checks.iter().filter(|check| check.verdict != Verdict::Ok).collect();
+    let weight =
+        |check: &Check| BY_WEIGHT.iter().position(|name| *name == check.check).unwrap_or(BY_WEIGHT.len());
+    wrong.sort_by_key(|check| (std::cmp::Reverse(check.verdict), weight(check)));
+    let mut names: Vec<&'static str> = wrong.into_iter().map(|check| check.check).collect();
+    names.dedup();
+    names
 }
 
 fn text(report: &Report) -> String {
@@ -186,12 +202,34 @@ fn text(report: &Report) -> String {
         let _ = writeln!(
             out,
             "read  {} × {}: {}",
-            read.depth,
-            bytes(read.block_bytes),
+            read.setting.depth,
+            bytes(read.setting.block_bytes),
             rate(read.bytes_per_second)
         );
     }
     let count = |verdict| report.checks.iter().filter(|check| check.verdict == verdict).count();
     let _ = writeln!(out, "{} warnings, {} failures", count(Verdict::Warn), count(Verdict::Fail));
+    let _ = match report.limits.as_slice() {
+        [] => writeln!(out, "Nothing was found that limits this node."),
+        names => writeln!(out, "What limits this node, the most first: {}.", names.join(", ")),
+    };
     printable(&out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_work_comes_before_what_limits_and_that_by_its_weight() {
+        let checks = [
+            Check::warn("memlock", "", ""),
+            Check::ok("io_uring", ""),
+            Check::warn("huge_pages", "", ""),
+            Check::warn("gpu_bar1", "", ""),
+            Check::warn("gpu_bar1", "", ""),
+            Check::fail("nvidia_driver", "", ""),
+        ];
+        assert_eq!(limits(&checks), ["nvidia_driver", "huge_pages", "memlock", "gpu_bar1"]);
+    }
 }

@@ -1,15 +1,14 @@
 //! How fast a file comes to each GPU: by way of host memory, and by the drive itself where cuFile can.
 
-use std::fs;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
 use super::super::output::rate;
 use super::Check;
-use super::read::{drive_of, largest, past_the_page_cache, unreadable};
+use super::read::unreadable;
 use crate::config::Config;
 use crate::error::Result;
+use crate::measure::drive::{DriveError, Target};
 use crate::probe::{self, FILE_BYTES_MIN, Report, Settings};
 use crate::sys::uring;
 use crate::telemetry::gpu::Identity;
@@ -20,15 +19,13 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// One check for each GPU, with the file or the largest file of the directory at `path`.
 pub(super) fn checks(path: &Path, topology: &Topology, gpus: &[Identity]) -> Result<Vec<Check>> {
-    let failed = |error: std::io::Error| unreadable(path, &error);
-    let file = largest(path).map_err(failed)?;
-    let meta = fs::metadata(&file).map_err(failed)?;
-    // What is wrong with it the other check of this file has said.
-    let Some(open) = past_the_page_cache(&file).ok().filter(|_| meta.len() >= FILE_BYTES_MIN) else {
-        return Ok(Vec::new());
+    let target = match Target::open(path, topology, FILE_BYTES_MIN) {
+        Ok(target) => target,
+        Err(DriveError::Open { path, error }) => return Err(unreadable(&path, &error)),
+        // The other check of this file has said so.
+        Err(DriveError::TooSmall(_) | DriveError::NoDirect(_)) => return Ok(Vec::new()),
     };
-    let drive =
-        drive_of(&meta, topology).map_or_else(|| file.display().to_string(), |drive| drive.name.clone());
+    let drive = target.drive.clone().unwrap_or_else(|| target.path.display().to_string());
     let plane = Config::default().data_plane;
     let checks = gpus.iter().map(|gpu| {
         let settings = Settings {
@@ -38,7 +35,7 @@ pub(super) fn checks(path: &Path, topology: &Topology, gpus: &[Identity]) -> Res
             depth: plane.depth,
             slots: plane.slots,
         };
-        let report = probe::ask(&settings, open.as_fd(), PROBE_TIMEOUT);
+        let report = probe::ask(&settings, target.file(), PROBE_TIMEOUT);
         check(&report).of(format!("{drive} → {}", gpu.uuid))
     });
     Ok(checks.collect())

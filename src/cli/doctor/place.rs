@@ -1,5 +1,6 @@
 //! Where drives and GPUs are, seen from each other.
 
+use super::super::output::bytes;
 use super::Check;
 use crate::topology::{Drive, Gpu, Topology};
 
@@ -17,7 +18,8 @@ pub(super) fn checks(topology: &Topology) -> Vec<Check> {
     let drives: Vec<&Drive> =
         topology.drives.iter().filter(|drive| drive.nvme_controller.is_some()).collect();
     if drives.is_empty() {
-        let others: Vec<&str> = topology.drives.iter().map(|drive| drive.name.as_str()).collect();
+        let others: Vec<String> =
+            topology.drives.iter().map(|drive| format!("{} ({})", drive.name, device(drive))).collect();
         let found = match others.as_slice() {
             [] => "no drive is visible".to_owned(),
             names => format!("no NVMe drive; {}", names.join(", ")),
@@ -39,7 +41,7 @@ fn one(topology: &Topology, drive: &Drive) -> Check {
         let name = gpu.uuid.as_deref().unwrap_or(&gpu.pcie.address);
         format!("; to {name}: {}", words(*way))
     });
-    let found = format!("{node}{}", seen.collect::<String>());
+    let found = format!("{}, {node}{}", device(drive), seen.collect::<String>());
     let far = !ways.is_empty() && ways.iter().all(|(_, way)| matches!(way, Way::OtherNode(_)));
     let check = if far {
         Check::warn(
@@ -51,6 +53,20 @@ fn one(topology: &Topology, drive: &Drive) -> Check {
         Check::ok("drives", found)
     };
     check.of(&drive.name)
+}
+
+/// What a block device takes, as its queue says.
+fn device(drive: &Drive) -> String {
+    let mut facts = Vec::new();
+    if drive.paravirtual {
+        facts.push("read by a hypervisor".to_owned());
+    }
+    if drive.rotational {
+        facts.push("turning".to_owned());
+    }
+    facts.extend(drive.request_bytes_max.map(|most| format!("requests of {} at most", bytes(most))));
+    facts.extend(drive.queue_depth.map(|depth| format!("{depth} queued")));
+    if facts.is_empty() { "its queue says nothing".to_owned() } else { facts.join(", ") }
 }
 
 fn way(topology: &Topology, drive: &Drive, gpu: &Gpu) -> Way {
@@ -100,11 +116,11 @@ mod tests {
             nvme_controller: Some("nvme0".to_owned()),
             pcie: Some(place(path)),
             numa_node: node,
-            queue_depth: None,
+            queue_depth: Some(1023),
             paravirtual: false,
             rotational: false,
             logical_block_bytes: None,
-            request_bytes_max: None,
+            request_bytes_max: Some(1280 << 10),
         }
     }
 
@@ -137,6 +153,7 @@ mod tests {
             topology.drives = vec![drive(path, node)];
             let check = &checks(&topology)[0];
             assert!(check.found.ends_with(&format!("to GPU-1: {expected}")), "{}", check.found);
+            assert!(check.found.contains("requests of 1.25 MiB at most, 1023 queued"), "{}", check.found);
             assert_eq!(check.verdict, verdict, "{expected}");
         }
     }
