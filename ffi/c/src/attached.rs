@@ -65,7 +65,7 @@ fn yes() -> bool {
 /// Attaches to what `source` names: an absolute path, a file:// URI, or the digest ("sha256:…") of what is resident. Loads it
 /// first if it must.
 ///
-/// `options` is NULL or a JSON object with any of: "device" ("host", "gpu:GPU-<uuid>"), "select" (a list of globs over tensor names, or of
+/// `options` is NULL or a JSON object with any of: "device" ("host", or "gpu:" and a UUID), "select" (a list of globs over tensor names, or of
 /// {"name", "dim", "of", "index"}), "wait" (false: fail instead of loading), "verify". To be freed with
 /// lodestream_attached_free(). NULL on failure.
 ///

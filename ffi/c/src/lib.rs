@@ -1,7 +1,7 @@
 //! The C ABI of Lodestream's client. `include/lodestream.h` is generated from here; a test compares the two.
 //!
 //! Upholds invariant 1: a pointer from C is looked at in `unsafe` blocks only, and each says who upholds it. Nothing unwinds into C:
-//! every function runs in [`error::guard`] (a release build aborts at a panic anyway).
+//! every function runs in `error::guard` (a release build aborts at a panic anyway).
 #![allow(non_camel_case_types, reason = "names as C has them")]
 
 pub mod attached;

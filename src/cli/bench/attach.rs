@@ -48,6 +48,9 @@ struct Times {
     release: f64,
 }
 
+/// One of the times.
+type Phase = fn(&Times) -> f64;
+
 pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
     let topology = Topology::read(Path::new("/"));
     let mut subject = Subject::open(context, &args.source, &args.device)?;
@@ -75,7 +78,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
     for _ in 0..args.rounds {
         warm.push(once(context, &request)?.0);
     }
-    let phases: [(&str, fn(&Times) -> f64); 5] = [
+    let phases: [(&str, Phase); 5] = [
         ("connect", |times| times.connect),
         ("request", |times| times.request),
         ("map", |times| times.map),

@@ -61,7 +61,8 @@ fn device(drive: &Drive) -> String {
     if drive.paravirtual {
         facts.push("read by a hypervisor".to_owned());
     }
-    if drive.rotational {
+    // Of what a hypervisor reads, the kernel does not know.
+    if drive.rotational && !drive.paravirtual {
         facts.push("turning".to_owned());
     }
     facts.extend(drive.request_bytes_max.map(|most| format!("requests of {} at most", bytes(most))));
