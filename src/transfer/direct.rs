@@ -167,6 +167,7 @@ impl DirectPath {
         tracing::info!(
             drive = name_of(drive),
             device = uuid,
+            library = report.library,
             mode = report.mode.map(Mode::as_str),
             direct_bytes_per_second = report.direct_bytes_per_second,
             staged_bytes_per_second = report.staged_bytes_per_second,

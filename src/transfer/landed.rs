@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn a_chunk_is_put_together_from_both_ways_or_not_at_all() {
         const CHUNK: usize = CHUNK_BYTES as usize;
-        let file: Vec<u8> = (0..2 * CHUNK + 77).map(|at| (at * 31 >> 3) as u8).collect();
+        let file: Vec<u8> = (0..2 * CHUNK + 77).map(|at| ((at * 31) >> 3) as u8).collect();
         let mut landed = Landed::default();
         // The second chunk lacks its middle.
         for range in [0..4096, 4096..70_000, 70_000..CHUNK, CHUNK..CHUNK + 9, CHUNK + 10..2 * CHUNK] {

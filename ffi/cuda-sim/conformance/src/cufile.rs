@@ -17,6 +17,8 @@ use crate::cufile_abi::{
 
 /// The first version whose statistics have the vector calls, in front of the GPUs.
 const VERSION_OF_VECTORS: i32 = 1190;
+/// Codes of cuFile are above this, numbers of the system below.
+const CODE_BASE: i32 = 5000;
 /// By so many bytes.
 const VECTOR_BYTES: usize = 112;
 
@@ -204,10 +206,11 @@ impl CuFile {
 
     fn moved(call: &'static str, result: isize) -> Answer<u64> {
         match result {
-            -1 => {
-                let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
-                Err(Failure::Errno { call, errno })
-            }
+            // Which of both `errno` says is told by its size.
+            -1 => match std::io::Error::last_os_error().raw_os_error().unwrap_or(0) {
+                code if code > CODE_BASE => Err(Failure::Code { call, code: Code(code), cuda: 0 }),
+                errno => Err(Failure::Errno { call, errno }),
+            },
             code if code < 0 => Err(Failure::Code { call, code: Code(-code as i32), cuda: 0 }),
             bytes => Ok(bytes as u64),
         }
@@ -296,13 +299,26 @@ impl CuFile {
         max: u32,
         timeout: Duration,
     ) -> Answer<Vec<BatchEvent>> {
+        let (answer, events) = self.batch_end(batch, min, max, timeout);
+        answer.map(|()| events)
+    }
+
+    /// The same, with what was told although the call failed.
+    pub(crate) fn batch_end(
+        &self,
+        batch: usize,
+        min: u32,
+        max: u32,
+        timeout: Duration,
+    ) -> (Answer, Vec<BatchEvent>) {
         let mut events = vec![BatchEvent { cookie: 0, status: 0, result: 0 }; max as usize];
         let mut count = max;
         let timeout =
             Timespec { seconds: timeout.as_secs() as i64, nanoseconds: timeout.subsec_nanos().into() };
-        cufile!(self.batch_events(batch, min, &mut count, events.as_mut_ptr(), &timeout))?;
+        let mut call = || cufile!(self.batch_events(batch, min, &mut count, events.as_mut_ptr(), &timeout));
+        let answer = call();
         events.truncate(count as usize);
-        Ok(events)
+        (answer, events)
     }
 
     pub(crate) fn batch_cancel(&self, batch: usize) -> Answer {

@@ -204,7 +204,7 @@ pub(crate) fn cufile_reads_nothing_beyond_a_buffer(cufile: &CuFile) -> Checked {
     let half = DEVICE_BYTES / 2;
     cufile.buffer_register(bench.memory, half)?;
     let beyond = cufile.read(bench.handle, bench.memory, PAGE, 0, half as i64);
-    fails_somehow("a read to behind what is registered", beyond)?;
+    fails("a read to behind what is registered", beyond, &[Code::INVALID_MAPPING_RANGE])?;
     fails_somehow("a negative offset in the file", cufile.read(bench.handle, bench.memory, PAGE, -4096, 0))?;
     same("behind the buffer", &driver::read(bench.memory + half, PAGE)?, &[0; PAGE as usize])?;
     cufile.buffer_deregister(bench.memory)?;
@@ -284,6 +284,11 @@ pub(crate) fn cufile_batches_tell_of_each_entry(cufile: &CuFile) -> Checked {
             same("a page", page, &file[start..start + PAGE as usize])?;
         }
     }
+    let strange = BatchEntry { handle: 0, ..entries[1] };
+    let refused = cufile.batch_submit(batch, &[entries[0], strange]);
+    fails("an entry without a file", refused, &[Code::HANDLE_NOT_REGISTERED])?;
+    let events = cufile.batch_events(batch, 0, ENTRIES, BATCH_PATIENCE)?;
+    ensure!(events.is_empty(), "a part of what was refused has been done: {events:?}");
     cufile.batch_destroy(batch)?;
     fails_somehow("a batch of more entries than there may be", cufile.batch_set_up(100_000))?;
     cufile.buffer_deregister(bench.memory)?;

@@ -290,8 +290,6 @@ pub(crate) struct BatchEvent {
 
 /// `CUfileStatus_t`, as far as events have it.
 pub(crate) mod batch_status {
-    pub(crate) const INVALID: u32 = 0x04;
-    pub(crate) const CANCELED: u32 = 0x08;
     pub(crate) const COMPLETE: u32 = 0x10;
     pub(crate) const FAILED: u32 = 0x40;
 }

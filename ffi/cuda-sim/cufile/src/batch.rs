@@ -8,9 +8,10 @@ use std::time::Instant;
 use crate::abi::{BATCH_MODE, BatchEntry, BatchEvent, Code, READ, WRITE, batch_status};
 use crate::device::lock;
 use crate::failure::Answer;
+use crate::parameters::Slab;
 use crate::session::Session;
 use crate::statistics::{Direction, Way};
-use crate::transfer::{self, Wanted};
+use crate::transfer::{self, Planned, Wanted};
 
 /// Entries of a batch that are done at the same time.
 const THREADS: usize = 4;
@@ -32,23 +33,26 @@ struct Shared {
 struct State {
     /// In the order in which they were submitted.
     waiting: VecDeque<Entry>,
-    /// Cookies of entries for which there was no slab: they are never done, and nobody is told.
-    stuck: Vec<usize>,
     running: usize,
     /// Of entries that have ended; not yet told.
     events: VecDeque<Event>,
     /// Slabs in use, by their kind.
     slabs: Vec<usize>,
+    /// Goes up when the batch is cancelled.
+    cancelled: u64,
     is_ended: bool,
 }
 
+/// One that is to be done.
 struct Entry {
     session: Arc<Session>,
-    wanted: Wanted,
+    planned: Planned,
+    direction: Direction,
     cookie: usize,
     slab: Option<usize>,
 }
 
+/// One that has ended.
 struct Event {
     event: BatchEvent,
     /// Free again when this has been told.
@@ -57,63 +61,44 @@ struct Event {
 
 impl State {
     fn outstanding(&self) -> usize {
-        self.waiting.len() + self.stuck.len() + self.running
+        self.waiting.len() + self.running
     }
 
-    /// Takes a slab for so many bytes; none: none of its kind is left.
-    fn take_slab(&mut self, session: &Session, bytes: usize) -> Option<usize> {
-        let kinds = session.parameters.slabs();
+    /// Takes a slab for so many bytes, if one of its kind is left.
+    fn take_slab(&mut self, kinds: &[Slab], bytes: usize) -> Option<usize> {
         let fits = kinds.iter().position(|slab| slab.kib.saturating_mul(1024) >= bytes);
         let kind = fits.unwrap_or(kinds.len().saturating_sub(1));
         self.slabs.resize(kinds.len(), 0);
-        let used = self.slabs.get_mut(kind)?;
-        if *used >= kinds[kind].count {
-            return None;
-        }
+        let used = self.slabs.get_mut(kind).filter(|used| **used < kinds[kind].count)?;
         *used += 1;
         Some(kind)
     }
 
-    fn tell(&mut self, cookie: usize, status: u32, result: isize, slab: Option<usize>) {
-        self.events.push_back(Event { event: BatchEvent { cookie, status, result }, slab });
-    }
-
-    fn submit(&mut self, session: &Arc<Session>, entry: &BatchEntry) {
-        let cookie = entry.cookie;
-        let (wanted, way) = match checked(session, entry) {
-            Ok(checked) => checked,
-            Err(failure) => return self.tell(cookie, batch_status::INVALID, failure.result(), None),
-        };
-        let mut slab = None;
-        if way == Way::Posix {
-            slab = self.take_slab(session, wanted.bytes);
-            if slab.is_none() {
-                return self.stuck.push(cookie);
-            }
+    fn free_slab(&mut self, slab: Option<usize>) {
+        if let Some(used) = slab.and_then(|kind| self.slabs.get_mut(kind)) {
+            *used -= 1;
         }
-        self.waiting.push_back(Entry { session: Arc::clone(session), wanted, cookie, slab });
     }
 }
 
-/// What an entry asks for, and the way that it goes.
-fn checked(session: &Session, entry: &BatchEntry) -> Answer<(Wanted, Way)> {
+/// What an entry asks for.
+fn wanted(entry: &BatchEntry) -> Answer<Wanted> {
     let direction = match entry.opcode {
         READ => Direction::Read,
         WRITE => Direction::Write,
         _ => return Err(Code::INVALID_VALUE.into()),
     };
     if entry.mode != BATCH_MODE {
-        return Err(Code::INVALID_VALUE.into());
+        return Err(Code::INTERNAL_BATCH_SUBMIT_ERROR.into());
     }
-    let wanted = Wanted {
+    Ok(Wanted {
         direction,
         handle: entry.handle,
         base: entry.base,
         bytes: entry.bytes,
         file_offset: entry.file_offset,
         base_offset: entry.base_offset,
-    };
-    Ok((wanted, session.file(entry.handle)?.way))
+    })
 }
 
 impl Shared {
@@ -139,21 +124,31 @@ impl Shared {
     fn work(&self) {
         let mut state = self.state();
         while !state.is_ended {
-            let Some(entry) = state.waiting.pop_front() else {
+            let Some(mut entry) = state.waiting.pop_front() else {
                 state = self.wait(state, None).0;
                 continue;
             };
             state.running += 1;
+            let cancelled = state.cancelled;
             drop(state);
-            let moved = transfer::run(&entry.session, entry.wanted);
+            let moved = entry.planned.run(&entry.session);
+            if let Ok(bytes) = moved {
+                lock(&entry.session.counters).batch_moved(entry.direction, bytes);
+            }
             let Entry { session, cookie, slab, .. } = entry;
             // Who is told of the last entry may close the driver at once.
             drop(session);
             state = self.state();
             state.running -= 1;
-            match moved {
-                Ok(bytes) => state.tell(cookie, batch_status::COMPLETE, bytes as isize, slab),
-                Err(failure) => state.tell(cookie, batch_status::FAILED, failure.result(), slab),
+            if state.cancelled == cancelled {
+                // Why it failed is not told, as real libraries have it.
+                let (status, result) = match moved {
+                    Ok(bytes) => (batch_status::COMPLETE, bytes as isize),
+                    Err(_) => (batch_status::FAILED, -1),
+                };
+                state.events.push_back(Event { event: BatchEvent { cookie, status, result }, slab });
+            } else {
+                state.free_slab(slab);
             }
             self.changed.notify_all();
         }
@@ -173,16 +168,41 @@ impl Batch {
         Ok(batch)
     }
 
-    /// Submits all of them or none.
+    /// Submits all of them or none. In compatibility mode each takes a slab; where none is left this waits until one has
+    /// been told of or the batch is cancelled or ended, which only another thread can do: a real library hangs here.
     pub(crate) fn submit(&self, session: &Arc<Session>, entries: &[BatchEntry]) -> Answer {
+        if entries.is_empty() || entries.len() > self.capacity {
+            return Err(Code::INTERNAL_BATCH_SUBMIT_ERROR.into());
+        }
+        let planned = entries.iter().map(|entry| {
+            let wanted = wanted(entry)?;
+            Ok((entry, wanted.direction, transfer::plan(session, wanted)?))
+        });
+        let planned = planned.collect::<Answer<Vec<_>>>()?;
         let mut state = self.shared.state();
+        if state.is_ended {
+            return Err(Code::INVALID_VALUE.into());
+        }
         if state.outstanding() + state.events.len() + entries.len() > self.capacity {
             return Err(Code::BATCH_FULL.into());
         }
-        for entry in entries {
-            state.submit(session, entry);
+        let cancelled = state.cancelled;
+        for (entry, direction, planned) in planned {
+            let mut slab = None;
+            while planned.way == Way::Posix && slab.is_none() {
+                slab = state.take_slab(session.parameters.slabs(), entry.bytes);
+                if slab.is_none() {
+                    state = self.shared.wait(state, None).0;
+                }
+                if state.is_ended || state.cancelled != cancelled {
+                    return Err(Code::BATCH_SUBMIT_FAILED.into());
+                }
+            }
+            lock(&session.counters).batch_entry(planned.way);
+            let session = Arc::clone(session);
+            state.waiting.push_back(Entry { session, planned, direction, cookie: entry.cookie, slab });
+            self.shared.changed.notify_all();
         }
-        self.shared.changed.notify_all();
         Ok(())
     }
 
@@ -195,22 +215,23 @@ impl Batch {
         }
         let count = state.events.len().min(max);
         let told: Vec<_> = state.events.drain(..count).collect();
-        for slab in told.iter().filter_map(|event| event.slab) {
-            state.slabs[slab] -= 1;
-        }
+        told.iter().for_each(|event| state.free_slab(event.slab));
+        self.shared.changed.notify_all();
         told.into_iter().map(|event| event.event).collect()
     }
 
-    /// What has not begun is not done any more.
+    /// What has not begun is not done any more, and what has begun is waited for. Nobody is told of any of it.
     pub(crate) fn cancel(&self) {
         let mut state = self.shared.state();
-        let waiting = std::mem::take(&mut state.waiting).into_iter().map(|entry| (entry.cookie, entry.slab));
-        let waiting: Vec<_> = waiting.collect();
-        let stuck = std::mem::take(&mut state.stuck).into_iter().map(|cookie| (cookie, None));
-        for (cookie, slab) in waiting.into_iter().chain(stuck) {
-            state.tell(cookie, batch_status::CANCELED, 0, slab);
-        }
+        state.cancelled += 1;
+        let waiting = std::mem::take(&mut state.waiting);
+        waiting.iter().for_each(|entry| state.free_slab(entry.slab));
+        let events = std::mem::take(&mut state.events);
+        events.iter().for_each(|event| state.free_slab(event.slab));
         self.shared.changed.notify_all();
+        while state.running > 0 {
+            state = self.shared.wait(state, None).0;
+        }
     }
 
     /// Waits for what has begun, and does nothing more.

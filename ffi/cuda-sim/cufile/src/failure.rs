@@ -38,11 +38,11 @@ impl Failure {
         }
     }
 
-    /// What a transfer returns; -1 means: see `errno`.
-    pub(crate) fn result(self) -> isize {
+    /// What `errno` says after a transfer: an error of the file system, or a code of cuFile, as real libraries have it.
+    pub(crate) fn errno(self) -> i32 {
         match self {
-            Failure::Errno(_) => -1,
-            other => -(other.status().error as isize),
+            Failure::Errno(errno) => errno,
+            other => other.status().error,
         }
     }
 }

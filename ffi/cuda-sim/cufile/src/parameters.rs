@@ -41,9 +41,10 @@ impl Default for Parameters {
             (size::DIRECT_IO_MAX_KIB, 16384),
             (size::DEVICE_CACHE_MAX_KIB, 131_072),
             (size::BUFFER_CACHE_KIB, 1024),
-            (size::DEVICE_PINNED_MAX_KIB, 33_554_432),
+            (size::DEVICE_PINNED_MAX_KIB, 4_294_967_292),
             (size::BATCH_SIZE, BATCH_MAX),
             (size::POLL_THRESHOLD_KIB, 4),
+            (size::BATCH_TIMEOUT_MS, 5),
         ] {
             parameters.sizes[which] = value;
         }
@@ -94,7 +95,12 @@ impl Parameters {
     }
 
     pub(crate) fn set_text(&mut self, which: i32, value: String) -> Answer {
-        place(&self.texts, which).map(|place| self.texts[place] = value)
+        let place = place(&self.texts, which)?;
+        if value.is_empty() {
+            return Err(Code::INVALID_VALUE.into());
+        }
+        self.texts[place] = value;
+        Ok(())
     }
 
     pub(crate) fn slabs(&self) -> &[Slab] {
@@ -115,6 +121,10 @@ impl Parameters {
         self.booleans[boolean::ALLOW_COMPAT_MODE]
     }
 
+    pub(crate) fn set_allow_compat_mode(&mut self) {
+        self.booleans[boolean::ALLOW_COMPAT_MODE] = true;
+    }
+
     pub(crate) fn force_compat_mode(&self) -> bool {
         self.booleans[boolean::FORCE_COMPAT_MODE]
     }
@@ -129,6 +139,10 @@ impl Parameters {
 
     pub(crate) fn statistics_level(&self) -> i32 {
         self.sizes[size::PROFILE_STATS] as i32
+    }
+
+    pub(crate) fn direct_max_bytes(&self) -> u64 {
+        (self.sizes[size::DIRECT_IO_MAX_KIB] as u64).saturating_mul(1024)
     }
 
     pub(crate) fn pinned_max_bytes(&self) -> u64 {

@@ -34,6 +34,7 @@ pub(crate) struct File {
     pub(crate) way: Way,
     /// Whether it is read and written past the page cache, in whole pages.
     pub(crate) is_direct_io: bool,
+    pub(crate) is_writable: bool,
 }
 
 /// A registered piece of device memory.
@@ -64,7 +65,7 @@ pub(crate) fn next_handle() -> usize {
 }
 
 impl Session {
-    pub(crate) fn open(config: &'static Config, parameters: Parameters, level: i32) -> Answer<Session> {
+    pub(crate) fn open(config: &'static Config, mut parameters: Parameters, level: i32) -> Answer<Session> {
         cuda::init()?;
         let way = match config.ability {
             _ if parameters.force_compat_mode() => Way::Posix,
@@ -72,6 +73,10 @@ impl Session {
             Ability::P2pdma if parameters.use_p2pdma() => Way::P2p,
             Ability::P2pdma | Ability::Compat => Way::Posix,
         };
+        if parameters.force_compat_mode() {
+            // What is forced is allowed.
+            parameters.set_allow_compat_mode();
+        }
         if way == Way::Posix && !parameters.allow_compat_mode() {
             return Err(Code::DRIVER_NOT_INITIALIZED.into());
         }
@@ -139,7 +144,8 @@ impl Session {
         }
         let fd = fcntl_dupfd_cloexec(fd, 0).map_err(|_| Code::GETNEWFD_FAILED)?;
         let handle = next_handle();
-        files.insert(handle, Arc::new(File { fd, number, way, is_direct_io }));
+        let is_writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
+        files.insert(handle, Arc::new(File { fd, number, way, is_direct_io, is_writable }));
         Ok(handle)
     }
 
@@ -196,7 +202,7 @@ impl Session {
         }
         let device = self.device_of(start, bytes)?;
         let registered = self.add_buffer(start, Buffer { bytes, device });
-        lock(&self.counters).gpu(device, |gpu: &mut PerGpu| {
+        self.count_pinning(device, |gpu| {
             gpu.registers += 1;
             match registered {
                 Ok(()) => {
@@ -209,14 +215,21 @@ impl Session {
         registered
     }
 
+    /// Compatibility mode pins nothing.
+    fn count_pinning(&self, device: usize, change: impl FnOnce(&mut PerGpu)) {
+        if self.way != Way::Posix {
+            lock(&self.counters).gpu(device, change);
+        }
+    }
+
     fn add_buffer(&self, start: u64, buffer: Buffer) -> Answer {
         // What is pinned for drives must have been made so that it can be; compatibility mode pins nothing.
         if self.way != Way::Posix && !Session::is_reachable(start, buffer.bytes)? {
             return Err(Code::GPU_MEMORY_PINNING_FAILED.into());
         }
         let mut buffers = lock(&self.buffers);
-        let below = buffers.range(..start + buffer.bytes).next_back();
-        if below.is_some_and(|(other, found)| other + found.bytes > start) {
+        // Those that overlap are no concern of a real library.
+        if buffers.contains_key(&start) {
             return Err(Code::MEMORY_ALREADY_REGISTERED.into());
         }
         let pinned: u64 =
@@ -229,8 +242,8 @@ impl Session {
     }
 
     pub(crate) fn deregister_buffer(&self, start: u64) -> Answer {
-        let buffer = lock(&self.buffers).remove(&start).ok_or(Code::INVALID_VALUE)?;
-        lock(&self.counters).gpu(buffer.device, |gpu| {
+        let buffer = lock(&self.buffers).remove(&start).ok_or(Code::MEMORY_NOT_REGISTERED)?;
+        self.count_pinning(buffer.device, |gpu| {
             gpu.deregisters += 1;
             gpu.registered_bytes = gpu.registered_bytes.saturating_sub(buffer.bytes);
         });

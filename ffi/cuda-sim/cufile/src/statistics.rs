@@ -4,6 +4,11 @@ use std::time::Duration;
 
 use crate::abi::{Counter, GPUS_MAX, PerGpu, Statistics};
 
+/// Places in `batch_queues`: entries that were submitted, by their way and in all.
+const BATCH_NVFS: usize = 4;
+const BATCH_P2P: usize = 5;
+const BATCH_TOTAL: usize = 9;
+
 /// The way that a transfer took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
@@ -31,7 +36,7 @@ pub(crate) enum Call {
     BufferDeregister,
     BatchSetup,
     BatchSubmit,
-    /// One entry of a batch that the caller was told of.
+    /// A call that told of entries.
     BatchComplete,
     BatchCancel,
     BatchDestroy,
@@ -45,8 +50,11 @@ pub(crate) struct Transferred {
     /// Whether its place in the file or on the device is not one of whole pages.
     pub(crate) is_unaligned: bool,
     pub(crate) device: usize,
-    /// None: it failed.
-    pub(crate) bytes: Option<u64>,
+    /// That were asked for: what real libraries count, also where the file has ended before.
+    pub(crate) bytes: u64,
+    /// Pieces that it was done in.
+    pub(crate) pieces: u64,
+    pub(crate) succeeded: bool,
     pub(crate) time: Duration,
 }
 
@@ -55,7 +63,7 @@ pub(crate) struct Transferred {
 pub(crate) struct Counters {
     /// 0: nothing is counted; 1: calls and bytes; 2: sizes, too; 3: by GPU, too.
     pub(crate) level: i32,
-    /// Between `cuFileStatsStart` and `cuFileStatsStop`.
+    /// From `cuFileStatsStart` or the opening on until `cuFileStatsStop`.
     pub(crate) is_started: bool,
     counted: Statistics,
 }
@@ -74,7 +82,8 @@ impl Counters {
         for (gpu, uuid) in counted.gpus.iter_mut().zip(uuids) {
             gpu.uuid = *uuid;
         }
-        Counters { level, is_started: false, counted }
+        // A level that was set before the driver was opened starts them.
+        Counters { level, is_started: level > 0, counted }
     }
 
     pub(crate) fn reset(&mut self) {
@@ -122,46 +131,95 @@ impl Counters {
         }
     }
 
+    /// Counts a read or a write that was refused.
+    pub(crate) fn refused(&mut self, direction: Direction) {
+        if self.is_started && self.level >= 1 {
+            self.calls(direction).failed += 1;
+        }
+    }
+
+    fn calls(&mut self, direction: Direction) -> &mut Counter {
+        match direction {
+            Direction::Read => &mut self.counted.detailed.basic.reads,
+            Direction::Write => &mut self.counted.detailed.basic.writes,
+        }
+    }
+
+    /// Counts a size among others.
+    fn size(&mut self, direction: Direction, bytes: u64) {
+        if self.level < 2 {
+            return;
+        }
+        let sizes = match direction {
+            Direction::Read => &mut self.counted.detailed.read_sizes,
+            Direction::Write => &mut self.counted.detailed.write_sizes,
+        };
+        // By powers of two: below 4 KiB, below 8 KiB, and so on.
+        let place = (bytes >> 11).checked_ilog2().unwrap_or(0) as usize;
+        let last = sizes.len() - 1;
+        sizes[place.min(last)] += 1;
+    }
+
     pub(crate) fn transfer(&mut self, transferred: &Transferred) {
         if !self.is_started || self.level < 1 {
             return;
         }
-        let (level, read) = (self.level, transferred.direction == Direction::Read);
         let time = transferred.time.as_micros() as u64;
-        let detailed = &mut self.counted.detailed;
-        let basic = &mut detailed.basic;
-        let calls = if read { &mut basic.reads } else { &mut basic.writes };
-        count(calls, transferred.bytes.is_some());
-        if let Some(bytes) = transferred.bytes {
-            let (sum, latency) = if read {
-                (&mut basic.read_bytes, &mut basic.read_latency_sum_us)
-            } else {
-                (&mut basic.write_bytes, &mut basic.write_latency_sum_us)
+        count(self.calls(transferred.direction), transferred.succeeded);
+        if transferred.succeeded {
+            let basic = &mut self.counted.detailed.basic;
+            let (bytes, latency) = match transferred.direction {
+                Direction::Read => (&mut basic.read_bytes, &mut basic.read_latency_sum_us),
+                Direction::Write => (&mut basic.write_bytes, &mut basic.write_latency_sum_us),
             };
-            *sum += bytes;
+            *bytes += transferred.bytes;
             *latency += time;
-            if level >= 2 {
-                let sizes = if read { &mut detailed.read_sizes } else { &mut detailed.write_sizes };
-                // By powers of two of KiB.
-                sizes[((bytes >> 10).checked_ilog2().map_or(0, |log| log + 1) as usize).min(31)] += 1;
-            }
+            self.size(transferred.direction, transferred.bytes);
         }
         self.gpu(transferred.device, |gpu| by_gpu(gpu, transferred, time));
+    }
+
+    /// Counts an entry of a batch that was submitted. They are not among the reads and writes, nor among those of a GPU.
+    pub(crate) fn batch_entry(&mut self, way: Way) {
+        if !self.is_started || self.level < 1 {
+            return;
+        }
+        let queues = &mut self.counted.detailed.basic.batch_queues;
+        match way {
+            Way::Nvfs => queues[BATCH_NVFS].ok += 1,
+            Way::P2p => queues[BATCH_P2P].ok += 1,
+            Way::Posix => {}
+        }
+        queues[BATCH_TOTAL].ok += 1;
+    }
+
+    /// Counts an entry of a batch that has succeeded.
+    pub(crate) fn batch_moved(&mut self, direction: Direction, bytes: u64) {
+        if !self.is_started || self.level < 1 {
+            return;
+        }
+        let basic = &mut self.counted.detailed.basic;
+        match direction {
+            Direction::Read => basic.batch_read_bytes += bytes,
+            Direction::Write => basic.batch_write_bytes += bytes,
+        }
+        self.size(direction, bytes);
     }
 }
 
 fn by_gpu(gpu: &mut PerGpu, transferred: &Transferred, time: u64) {
-    let Some(bytes) = transferred.bytes else {
+    if !transferred.succeeded {
         *match transferred.direction {
             Direction::Read => &mut gpu.reads_failed,
             Direction::Write => &mut gpu.writes_failed,
         } += 1;
         return;
-    };
+    }
+    let (bytes, pieces) = (transferred.bytes, transferred.pieces);
     let unaligned = u64::from(transferred.is_unaligned);
     match transferred.direction {
         Direction::Read => {
-            gpu.reads += 1;
+            gpu.reads += pieces;
             gpu.read_bytes += bytes;
             gpu.read_us += time;
             gpu.unaligned_reads += unaligned;
@@ -169,10 +227,10 @@ fn by_gpu(gpu: &mut PerGpu, transferred: &Transferred, time: u64) {
                 Way::Nvfs => &mut gpu.nvfs_reads,
                 Way::P2p => &mut gpu.p2p_reads,
                 Way::Posix => &mut gpu.posix_reads,
-            } += 1;
+            } += pieces;
         }
         Direction::Write => {
-            gpu.writes += 1;
+            gpu.writes += pieces;
             gpu.write_bytes += bytes;
             gpu.write_us += time;
             gpu.unaligned_writes += unaligned;
@@ -180,7 +238,7 @@ fn by_gpu(gpu: &mut PerGpu, transferred: &Transferred, time: u64) {
                 Way::Nvfs => &mut gpu.nvfs_writes,
                 Way::P2p => &mut gpu.p2p_writes,
                 Way::Posix => &mut gpu.posix_writes,
-            } += 1;
+            } += pieces;
         }
     }
 }

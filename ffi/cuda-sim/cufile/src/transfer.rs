@@ -1,6 +1,7 @@
 //! One read or write: what of it is asked for, which way it goes, and what is counted.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::io::{Errno, pread, pwrite};
@@ -12,6 +13,9 @@ use crate::failure::Answer;
 use crate::fault::{self, Effect};
 use crate::session::{File, PAGE, Session};
 use crate::statistics::{Direction, Transferred, Way};
+
+/// Compatibility mode does transfers in pieces of so many bytes.
+const POSIX_PIECE_BYTES: u64 = 1 << 20;
 
 /// What a caller asks for, as it says it.
 #[derive(Debug, Clone, Copy)]
@@ -25,7 +29,10 @@ pub(crate) struct Wanted {
 }
 
 /// The same, checked.
-struct Checked {
+pub(crate) struct Planned {
+    direction: Direction,
+    file: Arc<File>,
+    pub(crate) way: Way,
     device: usize,
     /// On the device.
     address: u64,
@@ -33,85 +40,137 @@ struct Checked {
     file_offset: u64,
 }
 
-impl Checked {
+/// Checks what is asked for.
+pub(crate) fn plan(session: &Session, wanted: Wanted) -> Answer<Planned> {
+    let invalid = |_| Code::INVALID_VALUE;
+    let file = session.file(wanted.handle)?;
+    let file_offset = u64::try_from(wanted.file_offset).map_err(invalid)?;
+    let base_offset = u64::try_from(wanted.base_offset).map_err(|_| Code::INTERNAL_ERROR)?;
+    let bytes = wanted.bytes as u64;
+    if let Some(buffer) = session.buffer(wanted.base) {
+        base_offset
+            .checked_add(bytes)
+            .filter(|end| *end <= buffer.bytes)
+            .ok_or(Code::INVALID_MAPPING_RANGE)?;
+    }
+    let end = file_offset.checked_add(bytes).ok_or(Code::INVALID_VALUE)?;
+    i64::try_from(end).map_err(invalid)?;
+    if wanted.direction == Direction::Write && !file.is_writable {
+        return Err(Code::INVALID_FILE_OPEN_FLAG.into());
+    }
+    let address = wanted.base.checked_add(base_offset).ok_or(Code::INVALID_VALUE)?;
+    let device = session.device_of(address, bytes)?;
+    let way = file.way;
+    let mut planned = Planned { direction: wanted.direction, file, way, device, address, bytes, file_offset };
+    // What is not whole pages is not written past the page cache.
+    if wanted.direction == Direction::Write && planned.is_unaligned() {
+        planned.way = Way::Posix;
+    }
+    Ok(planned)
+}
+
+impl Planned {
     /// Whether it is not one of whole pages, in the file and on the device.
     fn is_unaligned(&self) -> bool {
         [self.address, self.bytes, self.file_offset].iter().any(|place| !place.is_multiple_of(PAGE))
     }
+
+    /// Does it; the bytes that were moved, which are fewer at the end of the file.
+    pub(crate) fn run(&mut self, session: &Session) -> Answer<u64> {
+        let fault = session.config.faults.called(match self.direction {
+            Direction::Read => fault::READ,
+            Direction::Write => fault::WRITE,
+        });
+        if fault == Some(Effect::Compat) {
+            self.way = Way::Posix;
+        }
+        let bytes = match fault {
+            Some(Effect::Code(code)) => return Err(code.into()),
+            Some(Effect::Errno(errno)) => return Err(errno.into()),
+            Some(Effect::Short | Effect::Hang) => self.bytes / 2 / PAGE * PAGE,
+            None | Some(Effect::Compat) => self.bytes,
+        };
+        let device = &session.devices[self.device];
+        let current = Current::on(self.device as i32)?;
+        let is_direct = self.way != Way::Posix;
+        let mut window = if is_direct { device.take()? } else { Window::on_host()? };
+        let rate = session.config.bytes_per_second.filter(|_| is_direct);
+        let moved = match self.direction {
+            Direction::Read => self.read(&mut window, &current, bytes, rate),
+            Direction::Write => self.write(&mut window, &current, bytes, rate),
+        };
+        if is_direct {
+            device.keep(window);
+        }
+        moved
+    }
+
+    /// Pieces that a real library would do it in.
+    fn pieces(&self, session: &Session) -> u64 {
+        let piece =
+            if self.way == Way::Posix { POSIX_PIECE_BYTES } else { session.parameters.direct_max_bytes() };
+        self.bytes.div_ceil(piece.max(1))
+    }
+
+    /// Reads whole pages around what is asked for, and delivers that.
+    fn read(&self, window: &mut Window, current: &Current, bytes: u64, rate: Option<u64>) -> Answer<u64> {
+        let end = self.file_offset + bytes;
+        let mut at = self.file_offset;
+        while at < end {
+            let start = at / PAGE * PAGE;
+            let room =
+                (end - start).checked_next_multiple_of(PAGE).unwrap_or(u64::MAX).min(WINDOW_BYTES as u64);
+            let piece = &mut window.bytes()[..room as usize];
+            let found = again(|| pread(&self.file.fd, &mut *piece, start))? as u64;
+            let before = at - start;
+            let useful = found.saturating_sub(before).min(end - at);
+            if useful == 0 {
+                break;
+            }
+            device::pace(rate, useful as usize);
+            let target = self.address + (at - self.file_offset);
+            window.deliver(current, before as usize, target, useful as usize)?;
+            at += useful;
+        }
+        Ok(at - self.file_offset)
+    }
+
+    fn write(&self, window: &mut Window, current: &Current, bytes: u64, rate: Option<u64>) -> Answer<u64> {
+        let through_cache = self.file.is_direct_io && self.is_unaligned();
+        let buffered = if through_cache { Some(self.file.buffered()?) } else { None };
+        let fd = buffered.as_ref().map_or(self.file.fd.as_fd(), |fd| fd.as_fd());
+        let mut done = 0;
+        while done < bytes {
+            let room = (bytes - done).min(WINDOW_BYTES as u64) as usize;
+            window.collect(current, self.address + done, room)?;
+            device::pace(rate, room);
+            let piece = &window.bytes()[..room];
+            let written = again(|| pwrite(fd, piece, self.file_offset + done))?;
+            if written == 0 {
+                break;
+            }
+            done += written as u64;
+        }
+        Ok(done)
+    }
 }
 
-/// Does it; the bytes that were moved, which are fewer at the end of the file.
+/// Checks it, does it and counts it.
 pub(crate) fn run(session: &Session, wanted: Wanted) -> Answer<u64> {
     let begin = Instant::now();
-    let fault = session.config.faults.called(match wanted.direction {
-        Direction::Read => fault::READ,
-        Direction::Write => fault::WRITE,
-    });
-    let file = session.file(wanted.handle)?;
-    let mut checked = check(session, &wanted)?;
-    let is_unaligned = checked.is_unaligned();
-    // What is not whole pages is not written past the page cache.
-    let way = match wanted.direction {
-        _ if fault == Some(Effect::Compat) => Way::Posix,
-        Direction::Write if is_unaligned => Way::Posix,
-        _ => file.way,
-    };
-    let moved = match fault {
-        Some(Effect::Code(code)) => Err(code.into()),
-        Some(Effect::Errno(errno)) => Err(errno.into()),
-        Some(Effect::Short | Effect::Hang) => {
-            checked.bytes = checked.bytes / 2 / PAGE * PAGE;
-            transfer(session, &file, way, wanted.direction, &checked)
-        }
-        None | Some(Effect::Compat) => transfer(session, &file, way, wanted.direction, &checked),
-    };
+    let mut planned =
+        plan(session, wanted).inspect_err(|_| lock(&session.counters).refused(wanted.direction))?;
+    let moved = planned.run(session);
     lock(&session.counters).transfer(&Transferred {
-        direction: wanted.direction,
-        way,
-        is_unaligned,
-        device: checked.device,
-        bytes: moved.ok(),
+        direction: planned.direction,
+        way: planned.way,
+        is_unaligned: planned.is_unaligned(),
+        device: planned.device,
+        bytes: planned.bytes,
+        pieces: planned.pieces(session),
+        succeeded: moved.is_ok(),
         time: begin.elapsed(),
     });
-    moved
-}
-
-fn check(session: &Session, wanted: &Wanted) -> Answer<Checked> {
-    let invalid = |_| Code::INVALID_VALUE;
-    let bytes = isize::try_from(wanted.bytes).map_err(invalid)? as u64;
-    let file_offset = u64::try_from(wanted.file_offset).map_err(invalid)?;
-    let base_offset = u64::try_from(wanted.base_offset).map_err(invalid)?;
-    let address = wanted.base.checked_add(base_offset).filter(|_| wanted.base != 0);
-    let address = address.ok_or(Code::INVALID_VALUE)?;
-    file_offset.checked_add(bytes).filter(|end| i64::try_from(*end).is_ok()).ok_or(Code::INVALID_VALUE)?;
-    if let Some(buffer) = session.buffer(wanted.base) {
-        let end = base_offset.checked_add(bytes).ok_or(Code::INVALID_VALUE)?;
-        if end > buffer.bytes {
-            return Err(Code::INVALID_MAPPING_RANGE.into());
-        }
-    }
-    let device = session.device_of(address, bytes)?;
-    Ok(Checked { device, address, bytes, file_offset })
-}
-
-fn transfer(
-    session: &Session,
-    file: &File,
-    way: Way,
-    direction: Direction,
-    checked: &Checked,
-) -> Answer<u64> {
-    let device = &session.devices[checked.device];
-    let current = Current::on(checked.device as i32)?;
-    let mut window = if way == Way::Posix { Window::on_host()? } else { device.take()? };
-    let rate = session.config.bytes_per_second.filter(|_| way != Way::Posix);
-    let moved = match direction {
-        Direction::Read => read(file, &mut window, &current, checked, rate),
-        Direction::Write => write(file, &mut window, &current, checked, rate),
-    };
-    if way != Way::Posix {
-        device.keep(window);
-    }
     moved
 }
 
@@ -123,56 +182,4 @@ fn again<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
             other => return other,
         }
     }
-}
-
-/// Reads whole pages around what is asked for, and delivers that.
-fn read(
-    file: &File,
-    window: &mut Window,
-    current: &Current,
-    checked: &Checked,
-    rate: Option<u64>,
-) -> Answer<u64> {
-    let end = checked.file_offset + checked.bytes;
-    let mut at = checked.file_offset;
-    while at < end {
-        let start = at / PAGE * PAGE;
-        let room = (end - start).checked_next_multiple_of(PAGE).unwrap_or(u64::MAX).min(WINDOW_BYTES as u64);
-        let bytes = &mut window.bytes()[..room as usize];
-        let found = again(|| pread(&file.fd, &mut *bytes, start))? as u64;
-        let before = at - start;
-        let useful = found.saturating_sub(before).min(end - at);
-        if useful == 0 {
-            break;
-        }
-        device::pace(rate, useful as usize);
-        let target = checked.address + (at - checked.file_offset);
-        window.deliver(current, before as usize, target, useful as usize)?;
-        at += useful;
-    }
-    Ok(at - checked.file_offset)
-}
-
-fn write(
-    file: &File,
-    window: &mut Window,
-    current: &Current,
-    checked: &Checked,
-    rate: Option<u64>,
-) -> Answer<u64> {
-    let buffered = if file.is_direct_io && checked.is_unaligned() { Some(file.buffered()?) } else { None };
-    let fd = buffered.as_ref().map_or(file.fd.as_fd(), |fd| fd.as_fd());
-    let mut done = 0;
-    while done < checked.bytes {
-        let room = (checked.bytes - done).min(WINDOW_BYTES as u64) as usize;
-        window.collect(current, checked.address + done, room)?;
-        device::pace(rate, room);
-        let bytes = &window.bytes()[..room];
-        let written = again(|| pwrite(fd, bytes, checked.file_offset + done))?;
-        if written == 0 {
-            break;
-        }
-        done += written as u64;
-    }
-    Ok(done)
 }

@@ -45,6 +45,8 @@ const PAGE: u64 = 4096;
 /// More than goes through at a time, and not a whole number of pages.
 const FILE_BYTES: u64 = (5 << 20) + 1234;
 const DEVICE_BYTES: u64 = 8 << 20;
+/// Compatibility mode counts each MiB of a read.
+const PIECES: u64 = 8;
 
 fn node(mode: &str) -> Machine {
     Machine::new(ONE).with("CUFILE_SIM_MODE", mode)
@@ -172,7 +174,7 @@ fn nvidia_fs_is_direct_where_pages_are_whole_and_bounces_where_not() {
             open.read(handle, 1);
             assert_eq!(ways(&open.gpu()), [2, 0, 0, 1]);
             let gpu = open.gpu();
-            assert_eq!((gpu.reads, gpu.read_bytes, gpu.reads_failed), (2, 2 * FILE_BYTES - 1, 0));
+            assert_eq!((gpu.reads, gpu.read_bytes, gpu.reads_failed), (2, 2 * DEVICE_BYTES, 0));
             assert_eq!((gpu.registers_ok, gpu.registered_bytes), (1, DEVICE_BYTES));
             assert_eq!(gpu.uuid.map(|byte| byte as i8), driver::device_uuid(0).unwrap());
         },
@@ -181,7 +183,7 @@ fn nvidia_fs_is_direct_where_pages_are_whole_and_bounces_where_not() {
 
 #[test]
 fn p2pdma_is_used_when_it_is_asked_for() {
-    for (asked, expected) in [(true, [0, 1, 0, 0]), (false, [0, 0, 1, 0])] {
+    for (asked, expected) in [(true, [0, 1, 0, 0]), (false, [0, 0, PIECES, 0])] {
         if process::part().is_none_or(|part| part == asked.to_string()) {
             let body = || {
                 let Some((_path, file)) = file_on_drive(OFlags::DIRECT) else { return };
@@ -207,7 +209,7 @@ fn a_file_system_that_cannot_do_it_falls_back_without_a_word() {
             let open = Open::with(&[]);
             let handle = open.cufile.handle_register(file.as_fd()).unwrap();
             open.read(handle, 0);
-            assert_eq!(ways(&open.gpu()), [0, 0, 1, 0]);
+            assert_eq!(ways(&open.gpu()), [0, 0, PIECES, 0]);
         },
     );
 }
@@ -221,7 +223,7 @@ fn a_file_that_is_not_opened_for_it_falls_back_without_a_word() {
             let open = Open::with(&[]);
             let handle = open.cufile.handle_register(file.as_fd()).unwrap();
             open.read(handle, 0);
-            assert_eq!(ways(&open.gpu()), [0, 0, 1, 0]);
+            assert_eq!(ways(&open.gpu()), [0, 0, PIECES, 0]);
         },
     );
 }
@@ -253,7 +255,7 @@ fn compatibility_can_be_forced() {
             let open = Open::with(&[(boolean::FORCE_COMPAT_MODE, true)]);
             let handle = open.cufile.handle_register(file.as_fd()).unwrap();
             open.read(handle, 7);
-            assert_eq!(ways(&open.gpu())[..3], [0, 0, 1]);
+            assert_eq!(ways(&open.gpu())[..3], [0, 0, PIECES]);
             assert_eq!(open.cufile.properties().unwrap().nvfs_major, 0);
         },
     );
@@ -330,15 +332,15 @@ fn the_direct_way_does_not_use_the_link_from_the_host() {
 #[test]
 fn the_direct_way_takes_the_time_that_its_bandwidth_says() {
     alone(
-        || node("nvfs").with("CUFILE_SIM_RATE", "20971520"),
+        || node("nvfs").with("CUFILE_SIM_RATE", "4194304"),
         || {
             let Some((_path, file)) = file_on_drive(OFlags::DIRECT) else { return };
             let open = Open::with(&[]);
             let handle = open.cufile.handle_register(file.as_fd()).unwrap();
             let begin = Instant::now();
-            open.read(handle, 0);
-            // 5 MiB at 20 MiB/s. There is no upper bound: the machine may be busy.
-            assert!(begin.elapsed() >= Duration::from_millis(250), "{:?}", begin.elapsed());
+            open.cufile.read(handle, open.memory, 4 << 20, 0, 0).unwrap();
+            // 4 MiB at 4 MiB/s. There is no upper bound: the machine may be busy.
+            assert!(begin.elapsed() >= Duration::from_secs(1), "{:?}", begin.elapsed());
         },
     );
 }
@@ -396,7 +398,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[test]
 fn a_batch_tells_of_each_entry_what_became_of_it() {
     alone(
-        || node("nvfs").with("CUFILE_SIM_FAULT", "read:1+=EIO"),
+        || Machine::new(ONE).with("CUDA_SIM_FAULT", "cuMemcpyHtoDAsync_v2:2=UNKNOWN"),
         || {
             let (_path, file) = file_in(Path::new("/dev/shm"), OFlags::DIRECT);
             let open = Open::with(&[]);
@@ -404,19 +406,25 @@ fn a_batch_tells_of_each_entry_what_became_of_it() {
             fails(open.cufile.batch_set_up(0), Code::INVALID_VALUE);
             fails(open.cufile.batch_set_up(129), Code::INVALID_VALUE);
             let batch = open.cufile.batch_set_up(3).unwrap();
-            let unknown = BatchEntry { handle: 77, ..page(&open, handle, 1) };
-            let strange = BatchEntry { opcode: 9, ..page(&open, handle, 2) };
-            let entries = [page(&open, handle, 0), unknown, strange];
+            let entries = [0, 1, 2].map(|index| page(&open, handle, index));
+            // One that is wrong is an error of them all.
+            let unknown = BatchEntry { handle: 77, ..entries[1] };
+            fails(open.cufile.batch_submit(batch, &[entries[0], unknown]), Code::HANDLE_NOT_REGISTERED);
+            let beyond = BatchEntry { base_offset: DEVICE_BYTES as i64, ..entries[1] };
+            fails(open.cufile.batch_submit(batch, &[entries[0], beyond]), Code::INVALID_MAPPING_RANGE);
+            let strange = BatchEntry { mode: 9, ..entries[1] };
+            fails(open.cufile.batch_submit(batch, &[entries[0], strange]), Code::INTERNAL_BATCH_SUBMIT_ERROR);
+            fails(open.cufile.batch_submit(batch, &[entries[0]; 4]), Code::INTERNAL_BATCH_SUBMIT_ERROR);
+            assert_eq!(open.cufile.batch_events(batch, 1, 3, PATIENCE), Ok(vec![]));
             open.cufile.batch_submit(batch, &entries).unwrap();
             // Until they are told of, there is room for no more.
             fails(open.cufile.batch_submit(batch, &entries[..1]), Code::BATCH_FULL);
-            let events = open.cufile.batch_events(batch, 3, 3, PATIENCE).unwrap();
-            let expected = [
-                (0, batch_status::FAILED, -1),
-                (1, batch_status::INVALID, -(Code::HANDLE_NOT_REGISTERED.0 as isize)),
-                (2, batch_status::INVALID, -(Code::INVALID_VALUE.0 as isize)),
-            ];
-            assert_eq!(told(&events), expected);
+            let (answer, events) = open.cufile.batch_end(batch, 3, 3, PATIENCE);
+            fails(answer, Code::IO_ERROR);
+            // Which one of them that is nobody knows: they are done at the same time.
+            let ends = |wanted| events.iter().filter(|event| (event.status, event.result) == wanted).count();
+            assert_eq!(ends((batch_status::COMPLETE, WHOLE)), 2, "{events:?}");
+            assert_eq!(ends((batch_status::FAILED, -1)), 1, "{events:?}");
             // None is left, so that there is nothing to wait for.
             assert_eq!(open.cufile.batch_events(batch, 1, 3, PATIENCE), Ok(vec![]));
             open.cufile.batch_destroy(batch).unwrap();
@@ -425,9 +433,9 @@ fn a_batch_tells_of_each_entry_what_became_of_it() {
     );
 }
 
-/// A real library hangs without a word when compatibility mode has fewer slabs than a batch has entries.
+/// A real library hangs there without a word.
 #[test]
-fn a_batch_without_slabs_for_all_is_stuck_until_it_is_cancelled() {
+fn a_batch_without_slabs_for_all_hangs_until_it_is_cancelled() {
     alone(
         || Machine::new(ONE),
         || {
@@ -436,21 +444,27 @@ fn a_batch_without_slabs_for_all_is_stuck_until_it_is_cancelled() {
             let open = Open::with(&[]);
             let handle = open.cufile.handle_register(file.as_fd()).unwrap();
             let batch = open.cufile.batch_set_up(8).unwrap();
-            let pages = [0, 1, 2, 3].map(|index| page(&open, handle, index));
-            let large = BatchEntry { bytes: 1 << 20, ..page(&open, handle, 4) };
-            open.cufile.batch_submit(batch, &[&pages[..], &[large]].concat()).unwrap();
-            let events = open.cufile.batch_events(batch, 3, 8, PATIENCE).unwrap();
-            let done = |cookie, bytes| (cookie, batch_status::COMPLETE, bytes);
-            assert_eq!(told(&events), [done(0, WHOLE), done(1, WHOLE), done(4, 1 << 20)]);
-            // The others never end, however long one waits.
-            assert_eq!(open.cufile.batch_events(batch, 1, 8, Duration::from_millis(200)), Ok(vec![]));
+            let pages = [0, 1, 2].map(|index| page(&open, handle, index));
+            let (sender, receiver) = mpsc::channel();
+            std::thread::spawn(move || {
+                sender.send(CuFile::load().unwrap().batch_submit(batch, &pages)).unwrap();
+            });
+            let submitted = receiver.recv_timeout(Duration::from_millis(300));
+            assert_eq!(submitted, Err(mpsc::RecvTimeoutError::Timeout));
             open.cufile.batch_cancel(batch).unwrap();
-            let events = open.cufile.batch_events(batch, 2, 8, PATIENCE).unwrap();
-            assert_eq!(told(&events), [2, 3].map(|cookie| (cookie, batch_status::CANCELED, 0)));
-            // What has been told of has given its slab back.
-            open.cufile.batch_submit(batch, &pages[2..]).unwrap();
-            let events = open.cufile.batch_events(batch, 2, 8, PATIENCE).unwrap();
-            assert_eq!(told(&events), [done(2, WHOLE), done(3, WHOLE)]);
+            fails(receiver.recv().unwrap(), Code::BATCH_SUBMIT_FAILED);
+            // Nobody is told of what was cancelled.
+            assert_eq!(open.cufile.batch_events(batch, 1, 8, PATIENCE), Ok(vec![]));
+            let large = BatchEntry { bytes: 1 << 20, ..page(&open, handle, 4) };
+            // A slab is free again when its entry has been told of.
+            for _ in 0..2 {
+                open.cufile.batch_submit(batch, &[pages[0], pages[1], large]).unwrap();
+                let events = open.cufile.batch_events(batch, 3, 8, PATIENCE).unwrap();
+                let done = |cookie, bytes| (cookie, batch_status::COMPLETE, bytes);
+                assert_eq!(told(&events), [done(0, WHOLE), done(1, WHOLE), done(4, 1 << 20)]);
+            }
+            // Real libraries count them among neither the reads nor those of a GPU.
+            assert_eq!(open.gpu().reads, 0);
         },
     );
 }
@@ -469,7 +483,7 @@ fn closing_ends_batches_that_hang_on_nothing() {
             open.cufile.driver_close().unwrap();
             assert_eq!(open.cufile.use_count(), Ok(0));
             fails(open.cufile.batch_events(batch, 1, 128, PATIENCE), Code::INVALID_VALUE);
-            fails(open.cufile.read(handle, open.memory, PAGE, 0, 0), Code::DRIVER_NOT_INITIALIZED);
+            fails(open.cufile.read(handle, open.memory, PAGE, 0, 0), Code::HANDLE_NOT_REGISTERED);
         },
     );
 }

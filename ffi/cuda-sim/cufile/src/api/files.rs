@@ -2,9 +2,10 @@
 
 use std::os::fd::BorrowedFd;
 
+use rustix::io::Errno;
+
 use super::{call, counted, exported, guarded, session, session_or_open};
 use crate::abi::{Code, Descriptor, OPAQUE_FD, Status};
-use crate::failure::Failure;
 use crate::pointers::{In, Out};
 use crate::statistics::{Call, Direction};
 use crate::transfer::{self, Wanted};
@@ -14,7 +15,13 @@ exported! {
         call("cuFileHandleRegister", |config| {
             let descriptor = descriptor.get()?;
             let number = descriptor.handle.fd;
-            if handle.is_null() || descriptor.kind != OPAQUE_FD || number < 0 {
+            if handle.is_null() {
+                return Err(Code::INVALID_VALUE.into());
+            }
+            if descriptor.kind != OPAQUE_FD {
+                return Err(Code::IO_NOT_SUPPORTED.into());
+            }
+            if number < 0 {
                 return Err(Code::INVALID_VALUE.into());
             }
             // SAFETY: not -1 (checked above); the caller keeps it open during the call, and if it does not, what is done
@@ -42,7 +49,12 @@ exported! {
 
     fn cuFileBufDeregister(base: u64) -> Status {
         call("cuFileBufDeregister", |_| {
-            counted(Call::BufferDeregister, &*session()?, |session| session.deregister_buffer(base))
+            if base == 0 {
+                return Err(Code::INVALID_VALUE.into());
+            }
+            // What a real library says when it is not open.
+            let session = session().map_err(|_| Code::DRIVER_CLOSING)?;
+            counted(Call::BufferDeregister, &session, |session| session.deregister_buffer(base))
         })
     }
 
@@ -57,15 +69,20 @@ exported! {
     }
 }
 
-/// Bytes, or a negative error; if that is -1, `errno` says which.
+/// Bytes, or -1: `errno` says why.
 fn run(name: &'static str, wanted: Wanted) -> isize {
-    let moved = guarded(name, |_| transfer::run(&*session()?, wanted));
+    let moved = guarded(name, |_| {
+        if wanted.handle == 0 || wanted.base == 0 {
+            return Err(Errno::INVAL.into());
+        }
+        // Handles are of an open driver.
+        let session = session().map_err(|_| Code::HANDLE_NOT_REGISTERED)?;
+        transfer::run(&session, wanted)
+    });
     moved.map_or_else(
         |failure| {
-            if let Failure::Errno(errno) = failure {
-                set_errno(errno);
-            }
-            failure.result()
+            set_errno(failure.errno());
+            -1
         },
         |bytes| bytes as isize,
     )

@@ -37,7 +37,7 @@ exported! {
             let session = session()?;
             let mut counters = lock(&session.counters);
             if counters.level == 0 {
-                return Err(Code::INVALID_VALUE.into());
+                return Err(Code::INTERNAL_ERROR.into());
             }
             counters.is_started = true;
             Ok(())
@@ -59,24 +59,27 @@ exported! {
     }
 
     fn cuFileGetStatsL1(out: Out<Basic>) -> Status {
-        call("cuFileGetStatsL1", |_| out.put(counted(1)?.detailed.basic))
+        call("cuFileGetStatsL1", |_| tell(out, 1, |counted| counted.detailed.basic))
     }
 
     fn cuFileGetStatsL2(out: Out<Detailed>) -> Status {
-        call("cuFileGetStatsL2", |_| out.put(counted(2)?.detailed))
+        call("cuFileGetStatsL2", |_| tell(out, 2, |counted| counted.detailed))
     }
 
     fn cuFileGetStatsL3(out: Out<Statistics>) -> Status {
-        call("cuFileGetStatsL3", |_| out.put(counted(3)?))
+        call("cuFileGetStatsL3", |_| tell(out, 3, |counted| counted))
     }
 }
 
-/// What has been counted, if that is done up to this level.
-fn counted(level: i32) -> Answer<Statistics> {
-    let session = session()?;
-    let counters = lock(&session.counters);
-    if counters.level < level {
+/// Tells a part of what has been counted, if that is done now, and up to this level.
+fn tell<T>(out: Out<T>, level: i32, part: fn(Statistics) -> T) -> Answer {
+    if out.is_null() {
         return Err(Code::INVALID_VALUE.into());
     }
-    Ok(counters.counted())
+    let session = session()?;
+    let counters = lock(&session.counters);
+    if !counters.is_started || counters.level < level {
+        return Err(Code::INVALID_VALUE.into());
+    }
+    out.put(part(counters.counted()))
 }
