@@ -238,8 +238,9 @@ proptest! {
         let (layouts, runs): (Vec<_>, Vec<_>) = layouts.into_iter().unzip();
         let (regions, plan) = execute_scatter(&layouts, &[file]);
         prop_assert!(plan.bytes <= file);
-        for (region, runs) in regions.iter().zip(&runs) {
-            prop_assert!(region[..(rows * row_bytes) as usize] == bytes_of(0, runs)[..]);
+        for ((layout, region), runs) in layouts.iter().zip(&regions).zip(&runs) {
+            let place = layout.tensors[0].offset as usize;
+            prop_assert!(region[place..][..(rows * row_bytes) as usize] == bytes_of(0, runs)[..]);
         }
     }
 }

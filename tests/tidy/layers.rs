@@ -17,7 +17,7 @@ const NODE: &[&str] = &[
 const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     ("cli::serve", &["daemon", "cli"]),
-    ("cli::doctor", &["cli", "topology", "measure", "probe", "sys"]),
+    ("cli::doctor", &["cli", "topology", "measure", "probe", "staging", "sys"]),
     ("cli::bench", &["cli", "client", "API", "topology", "measure", "sys::page_cache"]),
     ("cli", &["client", "API", "topology", "probe"]),
     ("client", &["API", "sys::cuda", "sys::map", "sys::peer", "topology"]),
