@@ -2,7 +2,7 @@
 //!
 //! A drive writes to a GPU where file offset, length and place agree modulo 4 KiB. So the inner blocks of tensors go
 //! directly, of tensors that lie one behind the other in file and region in one piece; the edges go by slots
-//! ([`scatter`](super::scatter)), like all that does not agree, or that several ranks want.
+//! ([`super::scatter()`]), like all that does not agree, or that several ranks want.
 
 use std::ops::Range;
 
