@@ -186,7 +186,9 @@ class Restart(Case):
 
 class Interrupts(Case):
     SCRIPT = """
-import sys, lodestream
+import signal, sys, lodestream
+# Where the tests were started in the background, SIGINT is ignored, and that is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 node = lodestream.connect(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
