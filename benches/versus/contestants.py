@@ -22,13 +22,7 @@ def torch_bytes(tensor):
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-def numpy_bytes(array):
-    import numpy
-
-    return array.reshape(-1).view(numpy.uint8)
-
-
-def safetensors_mmap(paths):
+def safetensors_mmap(paths, kept):
     from safetensors import safe_open
 
     def load():
@@ -39,7 +33,7 @@ def safetensors_mmap(paths):
     return load
 
 
-def safetensors_pread(paths):
+def safetensors_pread(paths, kept):
     from safetensors import safe_open
 
     def load():
@@ -50,17 +44,18 @@ def safetensors_pread(paths):
     return load
 
 
-def runai(paths):
+def runai(paths, kept):
     from runai_model_streamer import SafetensorsStreamer
 
-    def load(owned):
+    def load():
         with SafetensorsStreamer() as streamer:
-            streamer.stream_files(paths, owned=owned)
+            # What is not kept may be written over by what comes next: made for tensors that are let go.
+            streamer.stream_files(paths, owned=kept)
             yield from streamer.get_tensors()
     return load
 
 
-def fastsafetensors(paths):
+def fastsafetensors(paths, kept):
     from fastsafetensors import SafeTensorsFileLoader
 
     def load():
@@ -72,7 +67,7 @@ def fastsafetensors(paths):
     return load
 
 
-def instanttensor(paths):
+def instanttensor(paths, kept):
     import instanttensor
     import torch
 
@@ -82,7 +77,7 @@ def instanttensor(paths):
     return load
 
 
-def tensorizer(paths):
+def tensorizer(paths, kept):
     from tensorizer import TensorDeserializer
 
     def load():
@@ -92,7 +87,7 @@ def tensorizer(paths):
     return load
 
 
-def torch_load(paths):
+def torch_load(paths, kept):
     import torch
 
     def load():
@@ -101,7 +96,7 @@ def torch_load(paths):
     return load
 
 
-def lodestream_node(paths):
+def lodestream_node(paths, kept):
     import lodestream
     import torch  # noqa: F401
 
@@ -112,7 +107,7 @@ def lodestream_node(paths):
     return load
 
 
-def lodestream_in_process(paths):
+def lodestream_in_process(paths, kept):
     import lodestream
     import torch  # noqa: F401
 
@@ -123,6 +118,7 @@ def lodestream_in_process(paths):
     return load
 
 
+# name: what imports, and gives the function that yields (name, torch tensor).
 LOADERS = {
     "lodestream": lodestream_node,
     "lodestream in process": lodestream_in_process,
@@ -147,7 +143,7 @@ def cpu_seconds():
 
 
 def touch(tensor, how):
-    flat = torch_bytes(tensor) if hasattr(tensor, "data_ptr") else numpy_bytes(tensor)
+    flat = torch_bytes(tensor)
     if how == "pages":
         int(flat[::PAGE_BYTES].sum())
     elif how == "bytes":
@@ -159,10 +155,7 @@ def touch(tensor, how):
 
 def main():
     name, keep, how, *paths = sys.argv[1:]
-    load = LOADERS[name](paths)
-    if name == "runai":
-        make = load
-        load = lambda: make(keep == "kept")  # noqa: E731
+    load = LOADERS[name](paths, keep == "kept")
     print("ready", flush=True)
     sys.stdin.readline()
     cpu, begin = cpu_seconds(), time.monotonic()

@@ -1,76 +1,45 @@
 //! Faults on demand: which call fails, with which code; and which device is lost, after how many operations.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+
+use cuda_sim_model::{Faults, entries};
 
 use crate::abi::Code;
-use crate::sim::lock;
 
 /// What a copy is called for a fault, when it runs and not when it is submitted.
 pub(crate) const COPY: &str = "copy";
 
-/// `CUDA_SIM_FAULT`, and how often each function was called.
+/// `CUDA_SIM_FAULT`.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
-    rules: Vec<Rule>,
+    calls: Faults<Code>,
     /// Device index → operations after which it is lost.
     lost: BTreeMap<usize, u64>,
-    calls: Mutex<BTreeMap<&'static str, u64>>,
-}
-
-#[derive(Debug)]
-struct Rule {
-    function: String,
-    /// From 1.
-    call: u64,
-    /// Every later call as well.
-    later: bool,
-    code: Code,
 }
 
 impl Plan {
     /// Reads `function:n=CODE`, `function:n+=CODE` and `device:index:n=LOST`, separated by semicolons.
     pub(crate) fn parse(text: &str) -> Result<Plan, String> {
         let mut plan = Plan::default();
-        for entry in text.split(';').map(str::trim).filter(|entry| !entry.is_empty()) {
-            let wrong = || format!("CUDA_SIM_FAULT: {entry:?} is not understood");
-            let (what, code) = entry.split_once('=').ok_or_else(wrong)?;
-            if let Some(device) = what.strip_prefix("device:") {
-                let (index, operations) = device.split_once(':').ok_or_else(wrong)?;
-                let index = index.parse().map_err(|_| wrong())?;
-                let operations = operations.parse().map_err(|_| wrong())?;
-                if code != "LOST" {
-                    return Err(wrong());
-                }
-                plan.lost.insert(index, operations);
-                continue;
-            }
-            let (function, call) = what.split_once(':').ok_or_else(wrong)?;
-            let (call, later) = call.strip_suffix('+').map_or((call, false), |call| (call, true));
-            plan.rules.push(Rule {
-                function: function.to_owned(),
-                call: call.parse().ok().filter(|call| *call > 0).ok_or_else(wrong)?,
-                later,
-                code: Code::named(code).filter(|code| *code != Code::SUCCESS).ok_or_else(wrong)?,
-            });
+        for entry in entries(text) {
+            plan.add(entry).ok_or_else(|| format!("CUDA_SIM_FAULT: {entry:?} is not understood"))?;
         }
         Ok(plan)
     }
 
+    fn add(&mut self, entry: &str) -> Option<()> {
+        let Some(device) = entry.strip_prefix("device:") else {
+            let code = |name: &str| Code::named(name).filter(|code| *code != Code::SUCCESS);
+            return self.calls.add(entry, |_, name| code(name));
+        };
+        let (index, operations) = device.strip_suffix("=LOST")?.split_once(':')?;
+        self.lost.insert(index.parse().ok()?, operations.parse().ok()?);
+        Some(())
+    }
+
     /// Counts a call; the code that it is to fail with, if it is.
     pub(crate) fn called(&self, function: &'static str) -> Option<Code> {
-        if self.rules.is_empty() {
-            return None;
-        }
-        let mut calls = lock(&self.calls);
-        let count = calls.entry(function).or_insert(0);
-        *count += 1;
-        self.rules
-            .iter()
-            .find(|rule| {
-                rule.function == function && (rule.call == *count || (rule.later && rule.call < *count))
-            })
-            .map(|rule| rule.code)
+        self.calls.called(function)
     }
 
     /// Operations after which the device is lost, if it is to be.

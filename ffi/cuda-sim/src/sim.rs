@@ -9,6 +9,8 @@ use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
 };
 
+use cuda_sim_model::Link;
+
 use crate::abi::{Answer, Code};
 use crate::config::{Config, Spec};
 use crate::context::Context;
@@ -18,7 +20,6 @@ use crate::kernels::Kernel;
 use crate::space::Space;
 use crate::store::{Allocation, Store};
 use crate::stream::{Event, Stream};
-use crate::work::Link;
 
 /// A mutex whose holder has panicked is as good as any other: nothing is left half-changed under one.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,20 +1,20 @@
 //! What streams do: copies, fills, kernels, and the moments that events note.
 
-use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use cuda_sim_model::wait_until;
 
 use crate::abi::{Answer, Code, Host};
 use crate::context::Context;
 use crate::fault;
 use crate::kernels::{Kernel, Launch};
 use crate::memory;
-use crate::sim::{self, lock};
+use crate::sim;
 use crate::space::{Access, Span};
 
 /// Bytes that a copy inside the device moves at a time.
 const BOUNCE_BYTES: usize = 256 << 10;
-/// The end of a modelled transfer is waited for by sleeping up to this long before it, and by spinning from there.
-const SPIN: Duration = Duration::from_micros(60);
 
 /// One piece of work.
 #[derive(Debug)]
@@ -73,45 +73,6 @@ impl Rows {
         };
         self.count.checked_mul(self.bytes)?;
         Some((extent(self.from_pitch)?, extent(self.to_pitch)?))
-    }
-}
-
-/// A link that carries one copy at a time, in one direction.
-#[derive(Debug)]
-pub(crate) struct Link {
-    /// None: as fast as the machine copies.
-    bytes_per_second: Option<u64>,
-    /// When it has carried all that it was given.
-    busy_until: Mutex<Option<Instant>>,
-}
-
-impl Link {
-    pub(crate) fn new(bytes_per_second: Option<u64>) -> Link {
-        Link { bytes_per_second, busy_until: Mutex::new(None) }
-    }
-
-    /// Takes the link's next free time for so many bytes; the end of it.
-    fn take(&self, bytes: u64) -> Option<Instant> {
-        let seconds = bytes as f64 / self.bytes_per_second? as f64;
-        let now = Instant::now();
-        let mut busy_until = lock(&self.busy_until);
-        let end = busy_until.map_or(now, |until| until.max(now)) + Duration::from_secs_f64(seconds);
-        *busy_until = Some(end);
-        Some(end)
-    }
-}
-
-fn wait_until(end: Instant) {
-    let left = end.saturating_duration_since(Instant::now());
-    if left > SPIN {
-        #[allow(
-            clippy::disallowed_methods,
-            reason = "the time that a modelled transfer takes is the behaviour"
-        )]
-        std::thread::sleep(left - SPIN);
-    }
-    while Instant::now() < end {
-        std::hint::spin_loop();
     }
 }
 

@@ -325,17 +325,8 @@ fn succeeded(job: JobInfo) -> Result<JobInfo, Failure> {
 }
 
 fn prefetch_request(named: &Named) -> Result<PrefetchRequest, Error> {
-    Ok(PrefetchRequest {
-        source: named.source()?,
-        device: named.device.clone(),
-        select: named.select.clone(),
-        targets: Vec::new(),
-        priority: 0,
-        deadline_ms: None,
-        detach: false,
-        pin: false,
-        notify: false,
-    })
+    let request = PrefetchRequest::new(named.source()?, named.device.clone());
+    Ok(PrefetchRequest { select: named.select.clone(), ..request })
 }
 
 /// A connection to a daemon, or to an engine in this process.

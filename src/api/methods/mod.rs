@@ -244,6 +244,23 @@ pub struct PrefetchRequest {
     pub notify: bool,
 }
 
+impl PrefetchRequest {
+    /// Of the whole artifact, by a job like any other.
+    pub fn new(source: Source, device: String) -> PrefetchRequest {
+        PrefetchRequest {
+            source,
+            device,
+            select: None,
+            targets: Vec::new(),
+            priority: 0,
+            deadline_ms: None,
+            detach: false,
+            pin: false,
+            notify: false,
+        }
+    }
+}
+
 /// Reply to `artifact.prefetch`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct PrefetchReply {

@@ -91,17 +91,7 @@ impl Subject {
 
     /// Makes it resident. Wall time from the request to the end of the job; CPU time of the daemon's process.
     pub(super) fn load(&mut self) -> Result<(Run, crate::api::methods::JobInfo)> {
-        let request = PrefetchRequest {
-            source: self.source.clone(),
-            device: self.device.clone(),
-            select: None,
-            targets: Vec::new(),
-            priority: 0,
-            deadline_ms: None,
-            detach: false,
-            pin: false,
-            notify: false,
-        };
+        let request = PrefetchRequest::new(self.source.clone(), self.device.clone());
         let process = self.client.process();
         let cpu = || process.and_then(cpu_seconds);
         let before = cpu();

@@ -48,7 +48,9 @@ pub enum Absent {
     #[error("{NAME} cannot be loaded: {0}")]
     Library(String),
     /// It is there, and older than what is needed.
-    #[error("{NAME} has no {0}: a newer one is needed (CUDA 13), which can tell by which path bytes came")]
+    #[error(
+        "{NAME} has no {0}: a newer one is needed (1.20 will do), which can tell by which path bytes came"
+    )]
     Function(&'static str),
 }
 

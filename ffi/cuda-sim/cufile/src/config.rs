@@ -3,6 +3,8 @@
 use std::io::{self, Write};
 use std::sync::OnceLock;
 
+use cuda_sim_model::Link;
+
 use crate::fault::Plan;
 
 /// By which way the node can move bytes between drives and GPUs without the host.
@@ -21,8 +23,8 @@ pub(crate) enum Ability {
 #[derive(Debug, Default)]
 pub(crate) struct Config {
     pub(crate) ability: Ability,
-    /// Modelled bandwidth of direct transfers of this process; none: as fast as the machine goes.
-    pub(crate) bytes_per_second: Option<u64>,
+    /// What direct transfers of this process share.
+    pub(crate) direct: Link,
     pub(crate) faults: Plan,
 }
 
@@ -51,7 +53,7 @@ impl Config {
             },
         };
         let faults = Plan::parse(&variable("CUFILE_SIM_FAULT").unwrap_or_default())?;
-        Ok(Config { ability, bytes_per_second, faults })
+        Ok(Config { ability, direct: Link::new(bytes_per_second), faults })
     }
 
     /// The configuration; none if it is not understood, which has been said on standard error.

@@ -9,7 +9,6 @@
 use std::os::fd::AsFd;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
@@ -108,18 +107,4 @@ impl Drop for Window {
         // fails the mapping stays, which harms nobody.
         let _ = unsafe { munmap(self.start.cast(), WINDOW_BYTES) };
     }
-}
-
-/// Takes the time that so many bytes take by the direct way: transfers share it, one after the other.
-pub(crate) fn pace(bytes_per_second: Option<u64>, bytes: usize) {
-    static BUSY_UNTIL: Mutex<Option<Instant>> = Mutex::new(None);
-    let Some(rate) = bytes_per_second else { return };
-    let now = Instant::now();
-    let mut busy_until = lock(&BUSY_UNTIL);
-    let begin = busy_until.map_or(now, |until| until.max(now));
-    let end = begin + Duration::from_secs_f64(bytes as f64 / rate as f64);
-    *busy_until = Some(end);
-    drop(busy_until);
-    #[allow(clippy::disallowed_methods, reason = "the time that a modelled transfer takes is the behaviour")]
-    std::thread::sleep(end.saturating_duration_since(Instant::now()));
 }

@@ -1,8 +1,6 @@
 //! Faults on demand: which call fails, and how.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
-
+use cuda_sim_model::{Faults, entries};
 use rustix::io::Errno;
 
 use crate::abi::Code;
@@ -25,22 +23,9 @@ pub(crate) enum Effect {
     Hang,
 }
 
-/// `CUFILE_SIM_FAULT`, and how often each function was called.
+/// `CUFILE_SIM_FAULT`.
 #[derive(Debug, Default)]
-pub(crate) struct Plan {
-    rules: Vec<Rule>,
-    calls: Mutex<BTreeMap<&'static str, u64>>,
-}
-
-#[derive(Debug)]
-struct Rule {
-    function: String,
-    /// From 1.
-    call: u64,
-    /// Every later call as well.
-    later: bool,
-    effect: Effect,
-}
+pub(crate) struct Plan(Faults<Effect>);
 
 /// The effect of its name. Only transfers can fail as the file system does.
 fn effect(function: &str, name: &str) -> Option<Effect> {
@@ -61,42 +46,24 @@ fn effect(function: &str, name: &str) -> Option<Effect> {
 impl Plan {
     /// Reads `function:n=EFFECT` and `function:n+=EFFECT`, separated by semicolons.
     pub(crate) fn parse(text: &str) -> Result<Plan, String> {
-        let mut plan = Plan::default();
-        for entry in text.split(';').map(str::trim).filter(|entry| !entry.is_empty()) {
+        let mut faults = Faults::default();
+        for entry in entries(text) {
             let wrong = || format!("CUFILE_SIM_FAULT: {entry:?} is not understood");
-            let (what, name) = entry.split_once('=').ok_or_else(wrong)?;
-            let (function, call) = what.split_once(':').ok_or_else(wrong)?;
-            let (call, later) = call.strip_suffix('+').map_or((call, false), |call| (call, true));
-            plan.rules.push(Rule {
-                function: function.to_owned(),
-                call: call.parse().ok().filter(|call| *call > 0).ok_or_else(wrong)?,
-                later,
-                effect: effect(function, name).ok_or_else(wrong)?,
-            });
+            faults.add(entry, effect).ok_or_else(wrong)?;
         }
-        Ok(plan)
+        Ok(Plan(faults))
     }
 
     /// Counts a call; what is to happen instead of it, if something is. A call that is to hang does so here.
     pub(crate) fn called(&self, function: &'static str) -> Option<Effect> {
-        if self.rules.is_empty() {
-            return None;
-        }
-        let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = calls.entry(function).or_insert(0);
-        *count += 1;
-        let count = *count;
-        drop(calls);
-        let rule = self.rules.iter().find(|rule| {
-            rule.function == function && (rule.call == count || (rule.later && rule.call < count))
-        })?;
-        if rule.effect == Effect::Hang {
+        let effect = self.0.called(function)?;
+        if effect == Effect::Hang {
             // In a loop, as threads are sometimes woken for nothing.
             loop {
                 std::thread::park();
             }
         }
-        Some(rule.effect)
+        Some(effect)
     }
 }
 

@@ -4,11 +4,12 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use cuda_sim_model::{Link, wait_until};
 use rustix::io::{Errno, pread, pwrite};
 
 use crate::abi::Code;
 use crate::cuda::Current;
-use crate::device::{self, WINDOW_BYTES, Window, lock};
+use crate::device::{WINDOW_BYTES, Window, lock};
 use crate::failure::Answer;
 use crate::fault::{self, Effect};
 use crate::session::{File, PAGE, Session};
@@ -16,6 +17,11 @@ use crate::statistics::{Direction, Transferred, Way};
 
 /// Compatibility mode does transfers in pieces of so many bytes.
 const POSIX_PIECE_BYTES: u64 = 1 << 20;
+
+/// Takes the time that so many bytes take on a link.
+fn pace(link: Option<&Link>, bytes: u64) {
+    link.and_then(|link| link.take(bytes)).into_iter().for_each(wait_until);
+}
 
 /// What a caller asks for, as it says it.
 #[derive(Debug, Clone, Copy)]
@@ -94,10 +100,10 @@ impl Planned {
         let current = Current::on(self.device as i32)?;
         let is_direct = self.way != Way::Posix;
         let mut window = if is_direct { device.take()? } else { Window::on_host()? };
-        let rate = session.config.bytes_per_second.filter(|_| is_direct);
+        let link = is_direct.then_some(&session.config.direct);
         let moved = match self.direction {
-            Direction::Read => self.read(&mut window, &current, bytes, rate),
-            Direction::Write => self.write(&mut window, &current, bytes, rate),
+            Direction::Read => self.read(&mut window, &current, bytes, link),
+            Direction::Write => self.write(&mut window, &current, bytes, link),
         };
         if is_direct {
             device.keep(window);
@@ -113,7 +119,7 @@ impl Planned {
     }
 
     /// Reads whole pages around what is asked for, and delivers that.
-    fn read(&self, window: &mut Window, current: &Current, bytes: u64, rate: Option<u64>) -> Answer<u64> {
+    fn read(&self, window: &mut Window, current: &Current, bytes: u64, link: Option<&Link>) -> Answer<u64> {
         let end = self.file_offset + bytes;
         let mut at = self.file_offset;
         while at < end {
@@ -127,7 +133,7 @@ impl Planned {
             if useful == 0 {
                 break;
             }
-            device::pace(rate, useful as usize);
+            pace(link, useful);
             let target = self.address + (at - self.file_offset);
             window.deliver(current, before as usize, target, useful as usize)?;
             at += useful;
@@ -135,7 +141,7 @@ impl Planned {
         Ok(at - self.file_offset)
     }
 
-    fn write(&self, window: &mut Window, current: &Current, bytes: u64, rate: Option<u64>) -> Answer<u64> {
+    fn write(&self, window: &mut Window, current: &Current, bytes: u64, link: Option<&Link>) -> Answer<u64> {
         let through_cache = self.file.is_direct_io && self.is_unaligned();
         let buffered = if through_cache { Some(self.file.buffered()?) } else { None };
         let fd = buffered.as_ref().map_or(self.file.fd.as_fd(), |fd| fd.as_fd());
@@ -143,7 +149,7 @@ impl Planned {
         while done < bytes {
             let room = (bytes - done).min(WINDOW_BYTES as u64) as usize;
             window.collect(current, self.address + done, room)?;
-            device::pace(rate, room);
+            pace(link, room as u64);
             let piece = &window.bytes()[..room];
             let written = again(|| pwrite(fd, piece, self.file_offset + done))?;
             if written == 0 {

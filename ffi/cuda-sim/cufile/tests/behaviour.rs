@@ -200,18 +200,17 @@ fn p2pdma_is_used_when_it_is_asked_for() {
     }
 }
 
+/// Reads a file on a node that could do it directly: all of it comes by way of host memory.
+fn falls_back(file: &File) {
+    let open = Open::with(&[]);
+    let handle = open.cufile.handle_register(file.as_fd()).unwrap();
+    open.read(handle, 0);
+    assert_eq!(ways(&open.gpu()), [0, 0, PIECES, 0]);
+}
+
 #[test]
 fn a_file_system_that_cannot_do_it_falls_back_without_a_word() {
-    alone(
-        || node("nvfs"),
-        || {
-            let (_path, file) = file_in(Path::new("/dev/shm"), OFlags::DIRECT);
-            let open = Open::with(&[]);
-            let handle = open.cufile.handle_register(file.as_fd()).unwrap();
-            open.read(handle, 0);
-            assert_eq!(ways(&open.gpu()), [0, 0, PIECES, 0]);
-        },
-    );
+    alone(|| node("nvfs"), || falls_back(&file_in(Path::new("/dev/shm"), OFlags::DIRECT).1));
 }
 
 #[test]
@@ -220,10 +219,7 @@ fn a_file_that_is_not_opened_for_it_falls_back_without_a_word() {
         || node("nvfs"),
         || {
             let Some((_path, file)) = file_on_drive(OFlags::empty()) else { return };
-            let open = Open::with(&[]);
-            let handle = open.cufile.handle_register(file.as_fd()).unwrap();
-            open.read(handle, 0);
-            assert_eq!(ways(&open.gpu()), [0, 0, PIECES, 0]);
+            falls_back(&file);
         },
     );
 }
