@@ -96,6 +96,7 @@ calls! {
     JobCancel "job.cancel" JobRequest => JobReply;
     JobList "job.list" JobListRequest => JobListReply;
     NodeStatus "node.status" StatusRequest => StatusReply;
+    NodePeers "node.peers" PeersRequest => PeersReply;
     NodeTopology "node.topology" TopologyRequest => crate::topology::Topology;
 }
 

@@ -127,6 +127,13 @@ fn digest_of(bytes: &[u8]) -> String {
     format!("sha256:{}", hex(&Sha256::digest(bytes)))
 }
 
+/// `text` if it is a digest: `sha256:` and 64 hexadecimal digits in lower case.
+pub fn checked_digest(text: &str) -> Option<String> {
+    let digits = text.strip_prefix("sha256:")?;
+    let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+    (digits.len() == 64 && digits.bytes().all(digit)).then(|| text.to_owned())
+}
+
 /// In hexadecimal digits.
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()

@@ -12,6 +12,7 @@ mod jobs;
 mod ls;
 mod output;
 mod parse;
+mod peers;
 mod pin;
 mod prefetch;
 mod probe;
@@ -37,7 +38,8 @@ use crate::probe::{SUBCOMMAND, Settings};
 use output::Output;
 
 const AFTER_HELP: &str = "\
-SOURCE is a path, file:///path, or the digest of an artifact that is resident (sha256:…).
+SOURCE is a path, file:///path, peer://sha256:… for what other nodes have, or the digest of an artifact that is
+resident (sha256:…).
 Exit code: 0 done; 1 internal; 2 usage; 3 not found; 4 denied; 5 bad data; 6 limit reached; 7 unavailable; \
 8 cancelled or past its deadline.";
 
@@ -80,6 +82,8 @@ enum Command {
     Jobs(jobs::Args),
     /// Show how the daemon is doing
     Status,
+    /// Show which nodes artifacts come from and go to
+    Peers,
     /// Watch what the daemon does, live
     Top(top::Args),
     /// Measure loads, attaches, the drive and memory
@@ -147,6 +151,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Unpin(args) => unpin::run(context, &args),
         Command::Jobs(args) => jobs::run(context, &args),
         Command::Status => status::run(context),
+        Command::Peers => peers::run(context),
         Command::Top(args) => top::run(context, &args),
         Command::Bench(args) => bench::run(context, &args),
         // What it finds decides its exit code.

@@ -304,6 +304,14 @@ impl Client {
         self.call("node.status", &StatusRequest {})
     }
 
+    /// `node.peers`.
+    ///
+    /// # Errors
+    /// [`Error`]; `api.forbidden` unless the client is of the daemon's own user.
+    pub fn peers(&mut self) -> Result<PeersReply, Error> {
+        self.call("node.peers", &PeersRequest {})
+    }
+
     /// `node.topology`.
     pub fn topology(&mut self) -> Result<Topology> {
         self.call("node.topology", &TopologyRequest {})

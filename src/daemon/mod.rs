@@ -37,7 +37,7 @@ use crate::telemetry::readiness::{Readiness, State};
 use crate::tier::host::{Host, PageChoice};
 use crate::tier::residency::Residency;
 use crate::topology::{Activity, Topology};
-use crate::transfer::{HeaderGate, Jobs};
+use crate::transfer::{HeaderGate, Jobs, Peers};
 
 /// Below so many open descriptors an ordinary number of artifacts and clients may not fit.
 const DESCRIPTORS_MIN: u64 = 4096;
@@ -222,6 +222,7 @@ fn compose(
     let plane = shards::start(&config.data_plane, reader, topology, &contexts)?;
     let shards = Rc::new(plane.shards);
     let headers = Rc::new(HeaderGate::default());
+    let peers = Peers::start(&config, metrics)?;
     let jobs = Jobs::new(
         Rc::clone(&residency),
         Rc::clone(&shards),
@@ -229,6 +230,7 @@ fn compose(
         store.clone(),
         Rc::clone(&headers),
         Arc::clone(metrics),
+        peers,
         Rc::clone(&config),
     );
     Ok(Rc::new(Node {

@@ -63,11 +63,17 @@ async fn load(node: &Rc<Node>, entry: &Preload) -> Result<()> {
     let (roots, limits, uri) = (Arc::clone(&node.roots), node.config().limits.clone(), entry.source.clone());
     let tenant = Tenant { uid: node.own_uid, gid: rustix::process::getegid().as_raw(), groups: Vec::new() };
     let uid = tenant.uid;
-    let files = transfer::blocking(move || roots.open_artifact(&uri, &tenant, &limits)).await?;
+    let opened = match uri.strip_prefix(PEER_SCHEME) {
+        Some(digest) => Opened::Digest(manifest::checked_digest(digest).ok_or_else(|| not_a_digest(digest))?),
+        None => {
+            let files = transfer::blocking(move || roots.open_artifact(&uri, &tenant, &limits)).await?;
+            Opened::Files(files)
+        }
+    };
     let origin = Some(entry.source.strip_prefix("file://").unwrap_or(&entry.source).to_owned());
     let name = Name { source: shown(&entry.source), origin, device: entry.device.clone() };
     let wanted = Wanted {
-        files,
+        opened,
         name,
         targets: vec![Target { device, select: None }],
         priority: entry.priority,

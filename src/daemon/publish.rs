@@ -8,7 +8,7 @@ use crate::api::methods::JobState;
 use crate::node::Node;
 use crate::shard::{Path, Phase};
 use crate::telemetry::http::Collections;
-use crate::telemetry::labels::{OpenJob, Source};
+use crate::telemetry::labels::OpenJob;
 use crate::telemetry::metrics::{DeviceMetrics, ReadMetrics, ShardMetrics};
 use crate::tier::DeviceId;
 use crate::tier::residency::Eviction;
@@ -30,6 +30,7 @@ struct Publisher {
     /// The host tier, then the GPUs.
     devices: Vec<DeviceMetrics>,
     shards: Vec<(ShardMetrics, Before)>,
+    sent_to_peers: u64,
 }
 
 #[derive(Default)]
@@ -49,18 +50,23 @@ impl Publisher {
         let shards =
             (0..node.shards.len() as u32).map(|index| (node.metrics.shard(index), Before::default()));
         Publisher {
-            reads: node.metrics.reads(Source::File),
+            reads: node.metrics.file_reads(),
             devices: node
                 .device_ids()
                 .map(|id| node.metrics.device(&node.residency.device_name(id)))
                 .collect(),
             shards: shards.collect(),
+            sent_to_peers: 0,
         }
     }
 
     fn publish(&mut self, node: &Node) {
         self.publish_devices(node);
         self.publish_shards(node);
+        let peers = node.jobs.peers().status();
+        node.metrics.peer_sent_bytes.inc_by(since(&mut self.sent_to_peers, peers.sent_bytes));
+        node.metrics.peer_connections.set(peers.connections.into());
+        node.metrics.peer_offers.set(peers.offers.into());
         let open = |state| node.jobs.list(None).iter().filter(|job| job.state() == state).count() as i64;
         node.metrics.jobs(OpenJob::Queued).set(open(JobState::Queued));
         node.metrics.jobs(OpenJob::Running).set(open(JobState::Running));
@@ -115,7 +121,7 @@ impl Publisher {
                     Path::Cached => self.reads.cached_bytes.inc_by(bytes),
                     Path::Buffered => self.reads.buffered_bytes.inc_by(bytes),
                     // No shard thread takes part in these.
-                    Path::Host | Path::Compat => continue,
+                    Path::Host | Path::Compat | Path::Tcp | Path::Rdma => continue,
                 };
             }
             for (phase, before) in Phase::ALL.iter().zip(&mut before.nanos) {

@@ -106,6 +106,12 @@ pub fn moves(layout: &Layout, files: &[u64], parts: &[u64], block_bytes: u64) ->
 }
 
 impl Plan {
+    /// Bytes that the moves with these numbers have to bring.
+    pub fn bytes_of(&self, moves: &[u32]) -> u64 {
+        let steps = moves.iter().filter_map(|number| self.moves.get(*number as usize));
+        steps.map(|step| u64::from(step.expect_bytes)).sum()
+    }
+
     /// Adds a copy; → its place, as a target takes it. There are never more copies than moves here.
     fn copy(&mut self, copy: Copy) -> Option<Range<u32>> {
         let first = u32::try_from(self.copies.len()).ok()?;

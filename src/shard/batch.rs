@@ -7,7 +7,9 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::mpsc;
 
 use super::direct::DirectShare;
+use crate::checksum::CHUNK_BYTES;
 use crate::error::Error;
+use crate::peer::offer::Offer;
 use crate::plan::{Move, Plan, Target};
 use crate::sys::cuda::DeviceMemory;
 use crate::sys::mem::Memory;
@@ -27,14 +29,26 @@ pub enum Path {
     Host,
     /// Read to a GPU by cuFile, by way of host memory though it was to go directly.
     Compat,
+    /// From a peer, over TLS.
+    Tcp,
+    /// From the memory of a peer, read by a network adapter.
+    Rdma,
 }
 
 impl Path {
     /// All of them, in the order of the counters.
-    pub const ALL: [Path; 6] =
-        [Path::Direct, Path::Staged, Path::Cached, Path::Buffered, Path::Host, Path::Compat];
+    pub const ALL: [Path; 8] = [
+        Path::Direct,
+        Path::Staged,
+        Path::Cached,
+        Path::Buffered,
+        Path::Host,
+        Path::Compat,
+        Path::Tcp,
+        Path::Rdma,
+    ];
 
-    /// `direct`, `staged`, `cached`, `buffered`, `host` or `compat`.
+    /// `direct`, `staged`, `cached`, `buffered`, `host`, `compat`, `tcp` or `rdma`.
     pub fn as_str(self) -> &'static str {
         match self {
             Path::Direct => "direct",
@@ -43,6 +57,8 @@ impl Path {
             Path::Buffered => "buffered",
             Path::Host => "host",
             Path::Compat => "compat",
+            Path::Tcp => "tcp",
+            Path::Rdma => "rdma",
         }
     }
 }
@@ -90,16 +106,22 @@ impl Phase {
 pub struct BatchFile {
     /// Name, for messages.
     pub name: String,
+    /// Size, bytes.
+    pub bytes: u64,
+    /// Checksums of its chunks, if they are known: from an earlier load of the same file, or from the manifest. What
+    /// arrives must match.
+    pub expected: Option<Arc<[u64]>>,
+}
+
+/// By what shard threads read a file.
+#[derive(Debug)]
+pub struct Handles {
     /// Through the page cache.
     pub file: Arc<OwnedFd>,
     /// Past it, where the file system allows.
     pub direct: Option<Arc<OwnedFd>>,
-    /// Size, bytes.
-    pub bytes: u64,
     /// Where its reads land that could land in place.
     pub landing: Landing,
-    /// Checksums of its chunks from an earlier load of the same file, if there was one. What arrives must match.
-    pub expected: Option<Arc<[u64]>>,
 }
 
 /// One part of the region that a batch fills.
@@ -154,6 +176,10 @@ pub struct Batch {
     pub plan: Plan,
     /// What is read.
     pub files: Vec<BatchFile>,
+    /// By what it is read, file by file. Empty: shard threads take no part.
+    pub handles: Vec<Handles>,
+    /// Peers may have chunks as soon as they are in their place.
+    pub offer: Option<Arc<Offer>>,
     /// Where to.
     pub regions: Regions,
     /// What goes directly from drives to GPUs, beside the plan.
@@ -168,7 +194,12 @@ pub struct Batch {
 
 impl Batch {
     /// A batch that has not begun.
-    pub fn new(plan: Plan, files: Vec<BatchFile>, regions: Regions, progress: Arc<Progress>) -> Batch {
+    pub fn new(
+        plan: Plan,
+        (files, handles): (Vec<BatchFile>, Vec<Handles>),
+        regions: Regions,
+        progress: Arc<Progress>,
+    ) -> Batch {
         let sums = |count: usize| (0..count).map(|_| AtomicU64::new(0)).collect();
         let copies = match regions {
             Regions::Host(_) => 0,
@@ -179,9 +210,21 @@ impl Batch {
             copy_checks: sums(copies),
             plan,
             files,
+            handles,
+            offer: None,
             regions,
             direct: None,
             progress,
+        }
+    }
+
+    /// The bytes of a move are in their place, and no span reaches into them any more.
+    pub fn landed(&self, step: &Move, path: Path) {
+        self.progress.arrived(path, u64::from(step.expect_bytes));
+        if let Some(offer) = &self.offer {
+            for piece in step.pieces() {
+                offer.arrived(step.file, (piece.start / CHUNK_BYTES) as u32);
+            }
         }
     }
 
@@ -260,7 +303,8 @@ impl Progress {
         self.arrived(path, bytes);
     }
 
-    pub(super) fn spent(&self, phase: Phase, nanos: u64) {
+    /// Time of a phase that threads spent on this batch, nanoseconds.
+    pub fn spent(&self, phase: Phase, nanos: u64) {
         self.nanos[phase as usize].fetch_add(nanos, Ordering::Relaxed);
     }
 

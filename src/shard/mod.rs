@@ -29,11 +29,13 @@ use crate::staging;
 use crate::sys::cuda::Context;
 use crate::sys::uring;
 
-pub use batch::{Assignment, Batch, BatchFile, DeviceRegion, Landing, Part, Path, Phase, Progress, Regions};
+pub use batch::{
+    Assignment, Batch, BatchFile, DeviceRegion, Handles, Landing, Part, Path, Phase, Progress, Regions,
+};
 pub use direct::{DIRECT_DEPTH, DirectShare, DirectThreads};
 use preadv2::Preadv2;
 use reader::Reader;
-pub use settle::mismatch;
+pub use settle::{copy_out, mismatch};
 use uplink::Uplink;
 pub use uplink::copy_error;
 

@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, TryRecvError};
 
 use super::batch::{Assignment, Batch, Landing, Path, Phase, Regions};
 use super::reader::Reader;
-use super::settle::{Way, copy_chunk, copy_rows, expected, lap, mismatch, truncated, way};
+use super::settle::{Way, copy_chunk, copy_out, expected, lap, mismatch, truncated, way};
 use super::uplink::{Uplink, check};
 use super::{Options, Stats};
 use crate::checksum;
@@ -170,7 +170,7 @@ impl<'a, R: Reader> Runner<'a, R> {
         {
             reader.register_memory(&part.memory);
         }
-        let files = assignment.batch.files.iter();
+        let files = assignment.batch.handles.iter();
         let file_slots = files.map(|file| {
             let direct = file.direct.as_ref();
             [reader.register_file(&file.file), direct.and_then(|file| reader.register_file(file))]
@@ -225,12 +225,12 @@ impl<'a, R: Reader> Runner<'a, R> {
         let index = active.next;
         let batch = &active.assignment.batch;
         let step = &batch.plan.moves[index as usize];
-        let way = way(&batch.files[step.file as usize], step, self.options.page_cache);
+        let way = way(&batch.handles[step.file as usize], step, self.options.page_cache);
         let landing = match &step.target {
             Target::Staged(_) => Landing::Slot,
             // The copy from the page cache goes to its place at once.
             Target::Direct { .. } if way != Way::Direct => Landing::InPlace,
-            Target::Direct { .. } => batch.files[step.file as usize].landing,
+            Target::Direct { .. } => batch.handles[step.file as usize].landing,
         };
         let span = match (&step.target, landing) {
             (Target::Direct { part, offset }, Landing::InPlace) => {
@@ -258,7 +258,7 @@ impl<'a, R: Reader> Runner<'a, R> {
         let Some(active) = &self.active[usize::from(purpose.active)] else { return };
         let batch = &active.assignment.batch;
         let step = &batch.plan.moves[purpose.index as usize];
-        let file = &batch.files[step.file as usize];
+        let file = &batch.handles[step.file as usize];
         let [buffered_slot, direct_slot] = active.file_slots[step.file as usize];
         let (handle, file_slot, bytes) = match (purpose.way, &file.direct) {
             (Way::Direct, Some(direct)) => (direct, direct_slot, step.read_bytes),
@@ -341,7 +341,7 @@ impl<'a, R: Reader> Runner<'a, R> {
         let step = &batch.plan.moves[purpose.index as usize];
         let file = &batch.files[step.file as usize];
         let again = |way, attempts| Purpose { way, attempts, ..purpose };
-        let drive = if file.direct.is_some() { Way::Direct } else { Way::BufferedTidy };
+        let drive = if batch.handles[step.file as usize].direct.is_some() { Way::Direct } else { Way::BufferedTidy };
         match result {
             Ok(bytes) => {
                 let arrived = read.arrived + bytes;
@@ -416,15 +416,14 @@ impl<'a, R: Reader> Runner<'a, R> {
         }
         self.spent(batch, Phase::Checksum, lap(&mut clock));
         if let Target::Staged(_) = &step.target {
-            let mut copies = batch.plan.copies_of(step).iter();
-            if copies.any(|copy| copy_rows(batch, copy, span.as_slice()).is_none()) {
+            if copy_out(batch, step, span.as_slice()).is_none() {
                 batch.progress.fail(Error::new(Code::Internal, "a staged row has no place in its region"));
             }
             self.spent(batch, Phase::Copy, lap(&mut clock));
         }
         tidy(batch, purpose);
-        self.arrived(batch, purpose);
         self.release(purpose, span);
+        self.arrived(batch, purpose);
     }
 
     /// All bytes of a read are there, and go on to GPUs: their checksums are computed while the devices copy.
@@ -460,15 +459,15 @@ impl<'a, R: Reader> Runner<'a, R> {
 
     /// Counts a read whose bytes are where they belong.
     fn arrived(&self, batch: &Batch, purpose: Purpose) {
-        let bytes = u64::from(batch.plan.moves[purpose.index as usize].expect_bytes);
+        let step = &batch.plan.moves[purpose.index as usize];
         let path = match (purpose.way, purpose.landing) {
             (Way::Cached, _) => Path::Cached,
             (Way::Buffered | Way::BufferedTidy, _) => Path::Buffered,
             (Way::Direct, Landing::InPlace) => Path::Direct,
             (Way::Direct, Landing::Slot) => Path::Staged,
         };
-        batch.progress.arrived(path, bytes);
-        self.stats.bytes[path as usize].fetch_add(bytes, Ordering::Relaxed);
+        batch.landed(step, path);
+        self.stats.bytes[path as usize].fetch_add(u64::from(step.expect_bytes), Ordering::Relaxed);
     }
 
     fn spent(&self, batch: &Batch, phase: Phase, nanos: u64) {
@@ -527,7 +526,7 @@ impl<'a, R: Reader> Runner<'a, R> {
 fn tidy(batch: &Batch, purpose: Purpose) {
     if purpose.way == Way::BufferedTidy {
         let step = &batch.plan.moves[purpose.index as usize];
-        let file = batch.files[step.file as usize].file.as_fd();
+        let file = batch.handles[step.file as usize].file.as_fd();
         page_cache::drop_pages(file, step.offset, u64::from(step.expect_bytes));
     }
 }

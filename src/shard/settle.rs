@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use super::batch::{Batch, BatchFile};
+use super::batch::{Batch, BatchFile, Handles};
 use crate::checksum::{self, CHUNK_BYTES};
 use crate::error::{Code, Error};
 use crate::plan::{BLOCK_ALIGN, Copy, Move};
@@ -36,7 +36,7 @@ pub(super) fn lap(clock: &mut Instant) -> u64 {
 }
 
 /// From the page cache if it holds all of the bytes, else past it if the file system allows.
-pub(super) fn way(file: &BatchFile, step: &Move, use_cache: bool) -> Way {
+pub(super) fn way(file: &Handles, step: &Move, use_cache: bool) -> Way {
     let bytes = u64::from(step.expect_bytes);
     let all = bytes.div_ceil(BLOCK_ALIGN);
     match file.direct {
@@ -90,8 +90,14 @@ pub(super) fn truncated(file: &BatchFile, step: &Move, arrived: u32) -> Error {
     Error::new(Code::SourceFileShortRead, message)
 }
 
+/// Copies what a staged move has brought into a slot, from its first byte on, to its places in a region of the host tier.
+/// `None`: it has no place there.
+pub fn copy_out(batch: &Batch, step: &Move, slot: &[u8]) -> Option<()> {
+    batch.plan.copies_of(step).iter().try_for_each(|copy| copy_rows(batch, copy, slot))
+}
+
 /// Copies the rows that `slot` holds to their place in the region.
-pub(super) fn copy_rows(batch: &Batch, copy: &Copy, slot: &[u8]) -> Option<()> {
+fn copy_rows(batch: &Batch, copy: &Copy, slot: &[u8]) -> Option<()> {
     for row in 0..copy.count {
         let start = usize::try_from(u64::from(copy.slot_offset) + row * copy.stride).ok()?;
         let bytes = slot.get(start..start.checked_add(usize::try_from(copy.bytes).ok()?)?)?;

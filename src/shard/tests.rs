@@ -123,10 +123,16 @@ fn any_file() -> Arc<OwnedFd> {
     Arc::new(std::fs::File::open("/proc/self/exe").unwrap().into())
 }
 
+/// A file of which the simulated drive knows the bytes.
+fn any(bytes: u64, landing: Landing) -> (BatchFile, Handles) {
+    let file = BatchFile { name: "model".into(), bytes, expected: None };
+    (file, Handles { file: any_file(), direct: Some(any_file()), landing })
+}
+
 fn batch_of(
     bytes: u64,
     picks: Option<(&[Tensor], &[Pick])>,
-    files: Vec<BatchFile>,
+    (file, handles): (BatchFile, Handles),
 ) -> (Arc<Batch>, plan::Layout) {
     let (tensors, picks) = picks.map_or((&[][..], None), |(tensors, picks)| (tensors, Some(picks)));
     let layout = plan::layout(&[bytes], tensors, picks).unwrap();
@@ -135,7 +141,7 @@ fn batch_of(
     let parts = (0..count)
         .map(|_| Part { memory: Arc::new(Memory::new(PART, PageKind::Small).unwrap()), populated: false })
         .collect();
-    (Arc::new(Batch::new(plan, files, Regions::Host(parts), Arc::default())), layout)
+    (Arc::new(Batch::new(plan, (vec![file], vec![handles]), Regions::Host(parts), Arc::default())), layout)
 }
 
 fn options(reader: ReaderKind) -> Options {
@@ -193,11 +199,8 @@ proptest! {
         let faults = Faults { short, again, error, invalid };
         let reader =
             Simulated { content: on_drive, random: Random(seed), faults, queue: Vec::new(), depth: 4 };
-        let file = BatchFile {
-            name: "model".into(), file: any_file(), direct: Some(any_file()), bytes: bytes as u64,
-            landing: if seed % 2 == 0 { Landing::InPlace } else { Landing::Slot }, expected: None,
-        };
-        let (batch, layout) = batch_of(bytes as u64, None, vec![file]);
+        let file = any(bytes as u64, if seed % 2 == 0 { Landing::InPlace } else { Landing::Slot });
+        let (batch, layout) = batch_of(bytes as u64, None, file);
         let batch = run_on(reader, batch);
         let failure = batch.progress.failure().map(|error| error.code);
         if truncated == 0 {
@@ -233,11 +236,8 @@ proptest! {
         let pick = Pick {
             tensor: 0, shape: vec![count, row], runs: Runs { offset: head, bytes: row, stride, count },
         };
-        let file = BatchFile {
-            name: "model".into(), file: any_file(), direct: Some(any_file()), bytes,
-            landing: Landing::InPlace, expected: None,
-        };
-        let (batch, layout) = batch_of(bytes, Some((&[tensor], &[pick])), vec![file]);
+        let file = any(bytes, Landing::InPlace);
+        let (batch, layout) = batch_of(bytes, Some((&[tensor], &[pick])), file);
         let batch = run_on(reader, batch);
         prop_assert!(batch.progress.failure().is_none());
         let region = region(batch);
@@ -265,18 +265,16 @@ fn real_readers_read_real_files() {
     let in_slots = (ReaderKind::IoUring, Landing::Slot, Path::Staged);
     for (reader, landing, path_expected) in in_place.into_iter().chain([in_slots]) {
         let direct = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
-        let file = BatchFile {
-            name: "model".into(),
+        let handles = Handles {
             file: Arc::new(std::fs::File::open(&path).unwrap().into()),
             direct: Some(Arc::new(direct.into())),
-            bytes: full.len() as u64,
             landing,
-            expected: None,
         };
+        let file = BatchFile { name: "model".into(), bytes: full.len() as u64, expected: None };
         let mut options = options(reader);
         options.page_cache = false;
         let shard = Shard::start(options).unwrap();
-        let (batch, _) = batch_of(full.len() as u64, None, vec![file]);
+        let (batch, _) = batch_of(full.len() as u64, None, (file, handles));
         let (home, mut back) = mpsc::channel(1);
         let moves = std::iter::once(0..batch.plan.moves.len() as u32).collect();
         assert!(shard.send(Assignment { batch, moves, priority: 0, home }).is_ok());
@@ -292,14 +290,8 @@ fn a_changed_chunk_of_an_unchanged_file_is_refused_invariant_6() {
     let full = content(3 << 20, 3);
     let mut sums: Vec<u64> = full.chunks(CHUNK_BYTES as usize).map(checksum::chunk).collect();
     sums[1] ^= 1;
-    let file = BatchFile {
-        name: "model".into(),
-        file: any_file(),
-        direct: Some(any_file()),
-        bytes: full.len() as u64,
-        landing: Landing::Slot,
-        expected: Some(sums.into()),
-    };
+    let (file, handles) = any(full.len() as u64, Landing::Slot);
+    let file = BatchFile { expected: Some(sums.into()), ..file };
     let reader = Simulated {
         content: full,
         random: Random(1),
@@ -307,7 +299,7 @@ fn a_changed_chunk_of_an_unchanged_file_is_refused_invariant_6() {
         queue: Vec::new(),
         depth: 4,
     };
-    let (batch, _) = batch_of(3 << 20, None, vec![file]);
+    let (batch, _) = batch_of(3 << 20, None, (file, handles));
     let batch = run_on(reader, batch);
     assert_eq!(batch.progress.failure().map(|error| error.code), Some(Code::CatalogChecksumMismatch));
 }
@@ -343,15 +335,7 @@ fn a_broken_shard_fails_what_it_works_on_and_what_waits_invariant_6() {
     let (home, mut back) = mpsc::channel(100);
     // More than a shard thread works on at a time: the rest waits in its mailbox.
     for _ in 0..100 {
-        let file = BatchFile {
-            name: "model".into(),
-            file: any_file(),
-            direct: Some(any_file()),
-            bytes: 1 << 20,
-            landing: Landing::InPlace,
-            expected: None,
-        };
-        let (batch, _) = batch_of(1 << 20, None, vec![file]);
+        let (batch, _) = batch_of(1 << 20, None, any(1 << 20, Landing::InPlace));
         let moves = std::iter::once(0..batch.plan.moves.len() as u32).collect();
         letters.send(Assignment { batch, moves, priority: 0, home: home.clone() }).unwrap();
     }

@@ -37,6 +37,8 @@ label! {
     Source {
         /// Files of this node.
         File = "file",
+        /// Other nodes.
+        Peer = "peer",
     }
 }
 
@@ -53,6 +55,10 @@ label! {
         Buffered = "buffered",
         /// Read to a GPU by cuFile, by way of host memory.
         Compat = "compat",
+        /// From a peer, over TLS.
+        Tcp = "tcp",
+        /// From the memory of a peer, read by a network adapter.
+        Rdma = "rdma",
     }
 }
 
@@ -175,6 +181,8 @@ label! {
         JobList = "job.list",
         /// `node.status`.
         NodeStatus = "node.status",
+        /// `node.peers`.
+        NodePeers = "node.peers",
         /// `node.topology`.
         NodeTopology = "node.topology",
         /// Anything else.

@@ -69,6 +69,12 @@ pub struct Metrics {
     pub demoted_bytes: Counter,
     /// Bytes that GPUs have copied from the host tier.
     pub promoted_bytes: Counter,
+    /// Bytes of chunks that were sent to peers.
+    pub peer_sent_bytes: Counter,
+    /// Open connections of peers.
+    pub peer_connections: Gauge,
+    /// Artifacts that peers may have.
+    pub peer_offers: Gauge,
     /// Bytes that the direct path failed to bring, and that came by slots instead.
     pub direct_fallback_bytes: Counter,
 
@@ -154,6 +160,9 @@ impl Metrics {
             shard_seconds: t.seconds("shard", "Time of a shard thread, by phase", Family::default()),
             demoted_bytes: t.bytes("demoted", "Copied from GPUs to the host tier", Counter::default()),
             promoted_bytes: t.bytes("promoted", "Copied from the host tier to GPUs", Counter::default()),
+            peer_sent_bytes: t.bytes("peer_sent", "Chunks that were sent to peers", Counter::default()),
+            peer_connections: t.add("peer_connections", "Open connections of peers", Gauge::default()),
+            peer_offers: t.add("peer_offers", "Artifacts that peers may have", Gauge::default()),
             direct_fallback_bytes: t.bytes(
                 "direct_fallback",
                 "Read by way of slots because the direct path failed",
@@ -182,9 +191,7 @@ impl Metrics {
 
     /// Makes the series of every closed set of labels.
     fn start_at_zero(&self) {
-        for &source in Source::ALL {
-            drop(self.reads(source));
-        }
+        drop((self.file_reads(), self.peer_reads()));
         for &method in Method::ALL {
             touch(&self.requests, RequestLabels { method, code: Outcome::Ok });
             touch(&self.request_seconds, MethodLabels { method });
@@ -213,8 +220,9 @@ impl Metrics {
         page
     }
 
-    /// Counters of one source of bytes.
-    pub fn reads(&self, source: Source) -> ReadMetrics {
+    /// Counters of what comes from files of this node.
+    pub fn file_reads(&self) -> ReadMetrics {
+        let source = Source::File;
         let path = |path| self.read_bytes.get_or_create_owned(&ReadLabels { source, path });
         ReadMetrics {
             direct_bytes: path(ReadPath::Direct),
@@ -222,6 +230,17 @@ impl Metrics {
             cached_bytes: path(ReadPath::Cached),
             buffered_bytes: path(ReadPath::Buffered),
             compat_bytes: path(ReadPath::Compat),
+            errors: self.read_errors.get_or_create_owned(&SourceLabels { source }),
+        }
+    }
+
+    /// Counters of what comes from peers.
+    pub fn peer_reads(&self) -> PeerReadMetrics {
+        let source = Source::Peer;
+        let path = |path| self.read_bytes.get_or_create_owned(&ReadLabels { source, path });
+        PeerReadMetrics {
+            tcp_bytes: path(ReadPath::Tcp),
+            rdma_bytes: path(ReadPath::Rdma),
             errors: self.read_errors.get_or_create_owned(&SourceLabels { source }),
         }
     }
@@ -364,6 +383,17 @@ pub struct ReadMetrics {
     /// Bytes read to GPUs by cuFile, by way of host memory.
     pub compat_bytes: Counter,
     /// Reads that failed after retries.
+    pub errors: Counter,
+}
+
+/// Counters of what comes from peers.
+#[derive(Debug, Clone)]
+pub struct PeerReadMetrics {
+    /// Bytes that came over TLS.
+    pub tcp_bytes: Counter,
+    /// Bytes that a network adapter read from the memory of a peer.
+    pub rdma_bytes: Counter,
+    /// Peers that were left in the middle of a load, or gave wrong bytes.
     pub errors: Counter,
 }
 

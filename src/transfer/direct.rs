@@ -23,7 +23,6 @@ use crate::shard::{Batch, DirectShare, DirectThreads, Options, Path, Progress, R
 use crate::source::file::OpenFile;
 use crate::sys::cuda::{Context, DeviceMemory};
 use crate::sys::cufile::{Counters, Driver, Handle, Registered};
-use crate::telemetry::labels::Source;
 use crate::telemetry::metrics::Metrics;
 
 /// By how much the direct path must beat the other to be used: less is within what a measurement of seconds is worth.
@@ -294,7 +293,7 @@ impl DirectPath {
             }
             let seen = after.ok().flatten().unwrap_or_default().since(*before);
             let proven = seen.prove(bytes);
-            let reads = self.metrics.reads(Source::File);
+            let reads = self.metrics.file_reads();
             if proven {
                 progress.prove(Path::Direct, bytes);
                 reads.direct_bytes.inc_by(bytes);

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use super::direct::Settling;
 use super::landed::{Chunk, Landed};
-use super::load::{Prepared, blocking, too_large, too_many_reads};
+use super::load::{Carriers, Prepared, blocking, too_large, too_many_reads};
 use super::{Job, Jobs, Target};
+use crate::catalog::manifest::Manifest;
 use crate::checksum::CHUNK_BYTES;
 use crate::error::{Code, Error, Result};
 use crate::plan;
@@ -56,8 +57,8 @@ impl Jobs {
         if let Some(sources) = self.on_host(&prepared, targets, tenant)
             && let Some(checks) = self.promote(job, &prepared, &sources, taken).await?
         {
-            let digest = sources.first().and_then(|source| source.content.digest.clone());
-            return Ok(contents(prepared, digest, checks, taken));
+            let manifest = sources.first().and_then(|source| source.content.manifest.clone());
+            return Ok(contents(prepared, manifest, checks, taken));
         }
         let (prepared, landed) = self.fill(job, prepared, priority, taken).await?;
         let files = Arc::clone(&prepared.files);
@@ -78,11 +79,11 @@ impl Jobs {
             }
         };
         let sums: Vec<u64> = chunks.iter().map(|chunk| chunk.sum).collect();
-        let digest = self.digest(&prepared, &sums).await;
+        let manifest = self.manifest(&prepared, &sums).await;
         for taken in taken.iter() {
             self.direct.learn(&prepared.files, taken.device);
         }
-        Ok(contents(prepared, digest, checks, taken))
+        Ok(contents(prepared, manifest, checks, taken))
     }
 
     /// Reads everything to its place: directly where that is used, else by slots.
@@ -126,7 +127,7 @@ impl Jobs {
         let mut batch = Batch::new(plan, self.batch_files(&prepared), regions(), Arc::clone(&job.progress));
         batch.direct = share;
         job.begin(batch.bytes());
-        let (outcome, batch) = self.carry_out(job, batch, &prepared.files, priority).await;
+        let (outcome, batch) = self.carry_out(job, batch, &prepared.files, Carriers::Shards { moves: None, priority }).await;
         let mut batch =
             batch.ok_or_else(|| Error::new(Code::Internal, "a shard thread did not give the job back"));
         let mut landed = Landed::default();
@@ -147,7 +148,7 @@ impl Jobs {
             let sizes = prepared.sizes();
             let plan = reads.by_slots(&missed, &sizes, block).ok_or_else(too_many_reads)?;
             let batch = Batch::new(plan, self.batch_files(&prepared), regions(), Arc::clone(&job.progress));
-            let (outcome, batch) = self.carry_out(job, batch, &prepared.files, priority).await;
+            let (outcome, batch) = self.carry_out(job, batch, &prepared.files, Carriers::Shards { moves: None, priority }).await;
             outcome?;
             let batch = batch
                 .ok_or_else(|| Error::new(Code::Internal, "a shard thread did not give the job back"))?;
@@ -221,16 +222,16 @@ impl Jobs {
 /// What is resident from now on.
 fn contents(
     prepared: Prepared,
-    digest: Option<String>,
+    manifest: Option<Arc<Manifest>>,
     checks: Vec<Box<[u64]>>,
     taken: &mut Vec<Taken>,
 ) -> Vec<Content> {
     let Prepared { layouts, description, .. } = prepared;
     let contents = layouts.into_iter().zip(checks).zip(taken.drain(..)).map(|((layout, checks), taken)| {
         let region = Region::Gpu(taken.memory);
-        let (description, digest) = (description.clone(), digest.clone());
+        let (description, manifest) = (description.clone(), manifest.clone());
         let (files, tensors, chunks) = (layout.files, layout.tensors, Box::default());
-        Content { description, files, tensors, digest, checks, chunks, region }
+        Content { description, files, tensors, manifest, checks, chunks, region, offered: None }
     });
     contents.collect()
 }
@@ -240,11 +241,11 @@ fn contents(
 fn as_known(prepared: &Prepared, chunks: &[Chunk]) -> Result<()> {
     let Some(known) = &prepared.known else { return Ok(()) };
     for chunk in chunks {
-        let file = &prepared.files[chunk.file as usize];
+        let file = &prepared.description.files[chunk.file as usize];
         let expected = known.chunks()[chunk.file as usize].get(chunk.number as usize).copied();
         if let Some(expected) = expected.filter(|expected| *expected != chunk.sum) {
             let start = chunk.number * CHUNK_BYTES;
-            let range = start..(start + CHUNK_BYTES).min(file.stamp.bytes);
+            let range = start..(start + CHUNK_BYTES).min(file.bytes);
             return Err(mismatch(&file.name, &range, chunk.sum, expected));
         }
     }

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::task::JoinHandle;
 
-use super::load::{Prepared, blocking, sums, too_large, too_many_reads};
+use super::load::{Carriers, Prepared, blocking, sums, too_large, too_many_reads};
 use super::{Job, Jobs};
 use crate::error::{Code, Error, Result};
+use crate::peer::offered::Offered;
 use crate::plan::{self, Plan, Target};
 use crate::shard::{Batch, Part, Progress, Regions};
 use crate::sys::mem::{HUGE_PAGE_BYTES, Memory};
@@ -39,13 +40,15 @@ impl Jobs {
         job.begin(plan.bytes);
         let parts = parts.into_iter().map(|(memory, populated)| Part { memory: Arc::new(memory), populated });
         let regions = Regions::Host(parts.collect());
-        let batch = Batch::new(plan, self.batch_files(&prepared), regions, Arc::clone(&job.progress));
+        let mut batch = Batch::new(plan, self.batch_files(&prepared), regions, Arc::clone(&job.progress));
+        let offered = self.peers.offer_loading(job, &prepared, batch.regions.parts());
+        batch.offer = offered.as_ref().map(|offered| Arc::clone(offered.offer()));
         let ahead = Populating::begin(&batch, &job.progress);
-        let (outcome, batch) = self.carry_out(job, batch, &prepared.files, priority).await;
+        let (outcome, batch) = self.bring(job, batch, &prepared, priority).await;
         ahead.end().await;
         let checks = batch.as_ref().map(|batch| sums(&batch.checks)).unwrap_or_default();
-        let digest = match (&outcome, &batch) {
-            (Ok(()), Some(_)) => self.digest(&prepared, &checks).await,
+        let manifest = match (&outcome, &batch) {
+            (Ok(()), Some(_)) => self.manifest(&prepared, &checks).await,
             _ => None,
         };
         let chunks = batch.as_ref().map(chunks).unwrap_or_default();
@@ -56,14 +59,50 @@ impl Jobs {
             return Err(outcome.err().unwrap_or(lost));
         };
         if let Err(error) = outcome {
+            if let Some(offered) = offered {
+                offered.end().await;
+            }
             host.discard(memories);
             return Err(error);
         }
-        let region = Region::Host(host.seal(memories)?);
+        let parts = host.seal(memories)?;
+        let offered = offered.filter(Offered::complete);
         let Prepared { description, layouts, .. } = prepared;
         let layout = layouts.into_iter().next().ok_or_else(too_large)?;
-        let (files, tensors) = (layout.files, layout.tensors);
-        Ok(Content { description, files, tensors, digest, checks, chunks, region })
+        let offered = match (offered, &manifest) {
+            (None, Some(manifest)) if layout.whole => self.peers.offer(manifest, &layout.files, &parts),
+            (offered, _) => offered,
+        };
+        let (files, tensors, region) = (layout.files, layout.tensors, Region::Host(parts));
+        Ok(Content { description, files, tensors, manifest, checks, chunks, region, offered })
+    }
+
+    /// Has a batch carried out: by peers as far as they give anything, the rest by shard threads from the files.
+    async fn bring(
+        &self,
+        job: &Job,
+        batch: Batch,
+        prepared: &Prepared,
+        priority: i32,
+    ) -> (Result<()>, Option<Batch>) {
+        let all = Carriers::Shards { moves: None, priority };
+        let Some(fetch) = self.peers.fetch(job, prepared).await else {
+            return self.carry_out(job, batch, &prepared.files, all).await;
+        };
+        let (outcome, batch) = self.carry_out(job, batch, &prepared.files, Carriers::Peers(&fetch)).await;
+        self.peers.fetched(&fetch);
+        let left = fetch.left();
+        match (outcome, batch) {
+            (Ok(()), Some(batch)) if !left.is_empty() && prepared.files.is_empty() => {
+                (Err(fetch.why().kept("nothing of this load; its memory was given back")), Some(batch))
+            }
+            (Ok(()), Some(batch)) if !left.is_empty() => {
+                tracing::warn!(job = job.id, moves = left.len(), error = %fetch.why(), "the rest comes from files");
+                let rest = Carriers::Shards { moves: Some(&left), priority };
+                self.carry_out(job, batch, &prepared.files, rest).await
+            }
+            ended => ended,
+        }
     }
 
     async fn plan_host(&self, prepared: Prepared, parts: &[(Memory, bool)]) -> Result<(Prepared, Plan)> {

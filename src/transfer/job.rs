@@ -4,13 +4,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Notify, watch};
 
 use super::Name;
-use crate::api::methods::{ErrorData, JobInfo, JobState};
+use crate::api::methods::{ErrorData, JobInfo, JobState, PeerShare};
 use crate::error::{Code, Error};
+use crate::peer::fetch::Fetch;
 use crate::shard::{Path, Phase, Progress};
 use crate::tier::residency::{EntryId, Viewer};
 
@@ -26,11 +27,17 @@ pub struct Job {
     pub entries: Vec<EntryId>,
     name: Name,
     created: Instant,
+    /// When it was asked for, milliseconds since the Unix epoch.
+    pub(super) created_ms: u64,
     /// Bytes that have arrived; also the way to stop it.
     pub(super) progress: Arc<Progress>,
     /// Bytes to move, once planned.
     pub(super) total: Cell<u64>,
     pub(super) began: Cell<Option<Instant>>,
+    /// The entry of the host tier that it fills on the way to GPUs, if it does.
+    pub(super) below: Cell<Option<EntryId>>,
+    /// Its way from peers, if it has one.
+    pub(super) fetch: RefCell<Option<Fetch>>,
     /// Bytes that went from its devices to the host tier to make room for it.
     pub(super) demoted: Rc<Cell<u64>>,
     outcome: RefCell<Option<Outcome>>,
@@ -90,9 +97,12 @@ impl Job {
             entries,
             name,
             created: Instant::now(),
+            created_ms: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
             progress: Arc::default(),
             total: Cell::new(0),
             began: Cell::new(None),
+            below: Cell::new(None),
+            fetch: RefCell::default(),
             demoted: Rc::default(),
             outcome: RefCell::default(),
             state: watch::Sender::new(JobState::Queued),
@@ -153,8 +163,11 @@ impl Job {
     }
 
     pub(super) fn begin(&self, total: u64) {
-        self.total.set(total);
-        self.began.set(Some(Instant::now()));
+        // What goes to GPUs by way of the host tier begins twice.
+        self.total.set(self.progress.bytes_total() + total);
+        if self.began.get().is_none() {
+            self.began.set(Some(Instant::now()));
+        }
         self.state.send_replace(JobState::Running);
     }
 
@@ -210,7 +223,8 @@ impl Job {
             bytes,
             total,
             rate,
-            source: "file".to_owned(),
+            source: self.source().to_owned(),
+            peers: self.peers(),
             path: observed.filter(|(_, bytes)| *bytes > 0).collect::<BTreeMap<_, _>>(),
             demoted_bytes: self.demoted.get(),
             eta_ms: eta,
@@ -221,6 +235,30 @@ impl Job {
         }
     }
 
+    /// Where its bytes come from, as observed.
+    fn source(&self) -> &'static str {
+        let bytes = |paths: &[Path]| paths.iter().map(|path| self.progress.bytes(*path)).sum::<u64>();
+        let from_peers = bytes(&[Path::Tcp, Path::Rdma]);
+        let from_files =
+            bytes(&[Path::Direct, Path::Staged, Path::Cached, Path::Buffered, Path::Compat]);
+        match (from_peers > 0 || self.fetch.borrow().is_some(), from_files > 0) {
+            (true, true) => "peer,file",
+            (true, false) => "peer",
+            (false, _) => "file",
+        }
+    }
+
+    fn peers(&self) -> Vec<PeerShare> {
+        let shares = self.fetch.borrow().as_ref().map(Fetch::shares).unwrap_or_default();
+        let shares = shares.into_iter().map(|share| PeerShare {
+            address: share.address,
+            node: share.node,
+            bytes: share.bytes,
+            left: share.left.map(|error| error.code.as_str().to_owned()),
+        });
+        shares.collect()
+    }
+
     /// What most of the time went to, as measured on the shard threads.
     fn bottleneck(&self) -> Option<&'static str> {
         if self.began.get().is_none() {
@@ -229,7 +267,7 @@ impl Job {
         // Copies from the page cache happen when a read is submitted, page faults of new memory too.
         let from_cache = self.progress.bytes(Path::Cached) * 2 > self.progress.bytes_total();
         let phases = [
-            ("storage", Phase::Wait),
+            (if self.source() == "peer" { "network" } else { "storage" }, Phase::Wait),
             ("checksum", Phase::Checksum),
             (if self.name.device == "host" { "copy" } else { "link" }, Phase::Copy),
             (if from_cache { "copy" } else { "memory" }, Phase::Submit),

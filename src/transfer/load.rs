@@ -7,33 +7,50 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
 
-use super::{Job, Jobs, Target, Wanted};
+use super::{Job, Jobs, Target, Wanted, key};
 use crate::catalog::manifest::Manifest;
-use crate::catalog::store::Store;
 use crate::catalog::{self, Description};
 use crate::checksum::CHUNK_BYTES;
-use crate::config::Limits;
 use crate::error::{Code, Error, Result};
 use crate::plan::{self, Layout, Plan};
-use crate::shard::{Assignment, Batch, BatchFile, DirectShare};
+use crate::peer;
+use crate::peer::fetch::Fetch;
+use crate::shard::{Assignment, Batch, BatchFile, DirectShare, Handles};
+use crate::source::Opened;
 use crate::source::file::OpenFile;
-use crate::telemetry::labels::{EndedJob, Source};
+use crate::telemetry::labels::EndedJob;
 use crate::tier::DeviceId;
-use crate::tier::residency::{Content, Grant};
+use crate::tier::residency::{Content, Grant, Hold, Identity};
+
+/// Batches on their way home at a time, beside those of shard threads: what streams from peers bring back.
+const HOMES_MIN: usize = 64;
+
+/// Who carries out the moves of a batch.
+#[derive(Clone, Copy)]
+pub(super) enum Carriers<'a> {
+    /// Shard threads, all of them or those with these numbers, and the direct path.
+    Shards { moves: Option<&'a [u32]>, priority: i32 },
+    /// Streams from peers.
+    Peers(&'a Fetch),
+}
 
 /// What is known before any memory is taken.
+#[derive(Clone)]
 pub(super) struct Prepared {
+    /// What makes it the same artifact as another request's.
+    pub(super) identity: Identity,
+    /// The files on this node. None: its bytes come from peers only.
     pub(super) files: Arc<Vec<OpenFile>>,
     pub(super) description: Description,
     /// One for each target.
     pub(super) layouts: Vec<Layout>,
-    pub(super) known: Option<Manifest>,
+    pub(super) known: Option<Arc<Manifest>>,
 }
 
 impl Prepared {
     /// Sizes of the files, bytes.
     pub(super) fn sizes(&self) -> Vec<u64> {
-        self.files.iter().map(|file| file.stamp.bytes).collect()
+        self.description.files.iter().map(|file| file.bytes).collect()
     }
 }
 
@@ -43,7 +60,7 @@ impl Jobs {
         let result = self.load(&job, wanted).await;
         let result = match result {
             Ok(contents) => {
-                let digest = contents.first().and_then(|content| content.digest.clone());
+                let digest = contents.first().and_then(|content| content.digest().map(str::to_owned));
                 for (entry, content) in job.entries.iter().zip(contents) {
                     self.residency.fill(*entry, content);
                 }
@@ -53,7 +70,7 @@ impl Jobs {
                 job.entries.iter().for_each(|entry| self.residency.forget(*entry));
                 self.metrics.error(error.code);
                 if error.code == Code::SourceFileIo {
-                    self.metrics.reads(Source::File).errors.inc();
+                    self.metrics.file_reads().errors.inc();
                 }
                 Err(error)
             }
@@ -75,22 +92,88 @@ impl Jobs {
     }
 
     async fn load(&self, job: &Job, wanted: Wanted) -> Result<Vec<Content>> {
-        let limits = self.config.borrow().limits.clone();
-        let (store, targets) = (self.store.clone(), wanted.targets.clone());
-        let entered = self.headers.enter().await;
-        let prepared =
-            blocking(move || Ok((prepare(wanted.files, &targets, store.as_deref(), &limits)?, entered)));
-        let (prepared, entered) = prepared.await?;
-        drop(entered);
+        let prepared = self.prepare(job, &wanted).await?;
         let host = self.residency.host();
         host.load_begins();
         let contents = if wanted.targets.iter().all(|target| target.device == DeviceId::Host) {
             self.load_host(job, prepared, wanted.priority).await.map(|content| vec![content])
         } else {
-            self.load_gpus(job, prepared, &wanted.targets, (wanted.priority, wanted.tenant)).await
+            match self.below(job, &prepared, &wanted).await {
+                Ok(_below) => {
+                    let who = (wanted.priority, wanted.tenant);
+                    self.load_gpus(job, prepared, &wanted.targets, who).await
+                }
+                Err(error) => Err(error),
+            }
         };
         host.load_ends();
         contents
+    }
+
+    /// What only peers have goes to the host tier first, whole: GPUs copy it from there.
+    async fn below(&self, job: &Job, prepared: &Prepared, wanted: &Wanted) -> Result<Option<Hold>> {
+        if let Identity::Files(_) = prepared.identity {
+            return Ok(None);
+        }
+        let target = Target { device: DeviceId::Host, select: None };
+        let key = key(&wanted.opened, target.device, None);
+        let (entry, new) = self.residency.enter(key, &wanted.name.source, None, wanted.tenant);
+        let hold = self.residency.hold(entry)?;
+        if !new {
+            let loading = !self.residency.with(entry, |entry| entry.state.is_resident())?;
+            if let Some(other) = self.of_entry(entry).filter(|_| loading) {
+                tokio::select! {
+                    () = other.ended() => {}
+                    reason = stop_reason(job) => return Err(reason),
+                }
+                other.error().map_or(Ok(()), Err)?;
+            }
+            return Ok(Some(hold));
+        }
+        job.below.set(Some(entry));
+        let layouts = lay_out(&prepared.description, &[target])?;
+        match self.load_host(job, Prepared { layouts, ..prepared.clone() }, wanted.priority).await {
+            Ok(content) => {
+                self.residency.fill(entry, content);
+                Ok(Some(hold))
+            }
+            Err(error) => {
+                self.residency.forget(entry);
+                Err(error)
+            }
+        }
+    }
+
+    async fn prepare(&self, job: &Job, wanted: &Wanted) -> Result<Prepared> {
+        let limits = self.config.borrow().limits.clone();
+        let (store, targets) = (self.store.clone(), wanted.targets.clone());
+        let entered = self.headers.enter().await;
+        let known = match &wanted.opened {
+            Opened::Files(_) => None,
+            Opened::Digest(digest) => Some(tokio::select! {
+                manifest = self.peers.manifest(digest) => manifest?,
+                reason = stop_reason(job) => return Err(reason),
+            }),
+        };
+        let (opened, identity) = (wanted.opened.clone(), wanted.identity());
+        let prepared = blocking(move || {
+            let (files, description, known) = match (opened, known) {
+                (Opened::Files(files), _) => {
+                    let description = catalog::describe(&files, &limits)?;
+                    let known = store.and_then(|store| store.get(&files)).map(Arc::new);
+                    (files, description, known)
+                }
+                (Opened::Digest(_), known) => {
+                    let known = known.ok_or_else(peer::nobody)?;
+                    (Vec::new(), known.description().clone(), Some(known))
+                }
+            };
+            let layouts = lay_out(&description, &targets)?;
+            Ok(Prepared { identity, files: Arc::new(files), description, layouts, known })
+        });
+        let prepared = prepared.await;
+        drop(entered);
+        prepared
     }
 
     /// Sets memory aside, unless the job is to stop before there is any.
@@ -101,7 +184,7 @@ impl Jobs {
         }
     }
 
-    /// Has the shard threads carry out a batch, and checks that the files stayed what they were.
+    /// Has a batch carried out, and checks that the files stayed what they were.
     ///
     /// Comes back only when no read and no copy is in flight any more (invariant 2). `None` in place of the batch: a
     /// broken shard thread still owns reads into its memory, which is lost.
@@ -110,20 +193,26 @@ impl Jobs {
         job: &Job,
         batch: Batch,
         files: &Arc<Vec<OpenFile>>,
-        priority: i32,
+        carriers: Carriers<'_>,
     ) -> (Result<()>, Option<Batch>) {
-        let lanes = self.lanes(&batch.plan, files);
         let batch = Arc::new(batch);
-        let total = job.progress.bytes_total() + batch.bytes();
-        let (home, mut back) = mpsc::channel(self.shards.len());
-        for (shard, moves) in lanes.into_iter().enumerate().filter(|(_, moves)| !moves.is_empty()) {
-            let assignment = Assignment { batch: Arc::clone(&batch), moves, priority, home: home.clone() };
-            if self.shards[shard].send(assignment).is_err() {
-                job.progress
-                    .fail(Error::new(Code::JobTooMany, format!("the mailbox of shard {shard} is full")));
+        let before = job.progress.bytes_total();
+        let (home, mut back) = mpsc::channel(self.shards.len().max(HOMES_MIN));
+        match carriers {
+            Carriers::Shards { moves, priority } => {
+                let lanes = self.lanes(&batch.plan, files, moves);
+                for (shard, moves) in lanes.into_iter().enumerate().filter(|(_, moves)| !moves.is_empty()) {
+                    let assignment =
+                        Assignment { batch: Arc::clone(&batch), moves, priority, home: home.clone() };
+                    if self.shards[shard].send(assignment).is_err() {
+                        let message = format!("the mailbox of shard {shard} is full");
+                        job.progress.fail(Error::new(Code::JobTooMany, message));
+                    }
+                }
+                self.direct.send(&batch, |region| batch.regions.device(region), &home);
             }
+            Carriers::Peers(fetch) => fetch.begin(&batch, &home),
         }
-        self.direct.send(&batch, |region| batch.regions.device(region), &home);
         drop(home);
         let mut reason = None;
         loop {
@@ -137,12 +226,20 @@ impl Jobs {
                 }
             }
         }
-        let missed = batch.direct.as_ref().map_or(0, DirectShare::missed_bytes);
+        let (wanted, missed) = match carriers {
+            Carriers::Shards { moves, .. } => {
+                let direct = batch.direct.as_ref();
+                let by_moves = moves.map_or(batch.plan.bytes, |moves| batch.plan.bytes_of(moves));
+                let directly = direct.map_or(0, |share| share.plan.bytes());
+                (by_moves + directly, direct.map_or(0, DirectShare::missed_bytes))
+            }
+            Carriers::Peers(fetch) => (batch.plan.bytes, batch.plan.bytes_of(&fetch.left())),
+        };
         let mut outcome = match (reason, job.progress.failure()) {
             (Some(reason), _) => Err(reason),
             (None, Some(error)) => Err(error.clone()),
             // Every byte must have been seen: a shard thread that ended early has reported nothing.
-            (None, None) if job.progress.bytes_total() + missed != total => {
+            (None, None) if job.progress.bytes_total() + missed != before + wanted => {
                 Err(Error::new(Code::Internal, "a shard thread ended before it had read everything"))
             }
             (None, None) => Ok(()),
@@ -158,25 +255,27 @@ impl Jobs {
         (outcome, Arc::into_inner(batch))
     }
 
-    /// The files of a batch, each with who reads it how.
-    pub(super) fn batch_files(&self, prepared: &Prepared) -> Vec<BatchFile> {
-        let files = prepared.files.iter().enumerate().map(|(number, file)| BatchFile {
+    /// The files of a batch, and by what they are read.
+    pub(super) fn batch_files(&self, prepared: &Prepared) -> (Vec<BatchFile>, Vec<Handles>) {
+        let files = prepared.description.files.iter().enumerate().map(|(number, file)| BatchFile {
             name: file.name.clone(),
-            file: Arc::clone(&file.file),
-            direct: file.direct.clone(),
-            bytes: file.stamp.bytes,
-            landing: (self.lane_of)(file.stamp.dev_major, file.stamp.dev_minor).landing,
+            bytes: file.bytes,
             expected: prepared.known.as_ref().map(|manifest| manifest.chunks()[number].clone().into()),
         });
-        files.collect()
+        let handles = prepared.files.iter().map(|file| Handles {
+            file: Arc::clone(&file.file),
+            direct: file.direct.clone(),
+            landing: (self.lane_of)(file.stamp.dev_major, file.stamp.dev_minor).landing,
+        });
+        (files.collect(), handles.collect())
     }
 
-    /// The digest of what was read: known before, or of the manifest that is made of files that were read whole.
+    /// The manifest of what was read: known before, or made of files that were read whole.
     ///
     /// `checks` are the checksums of all chunks of all files, in order.
-    pub(super) async fn digest(&self, prepared: &Prepared, checks: &[u64]) -> Option<String> {
+    pub(super) async fn manifest(&self, prepared: &Prepared, checks: &[u64]) -> Option<Arc<Manifest>> {
         match &prepared.known {
-            Some(manifest) => Some(manifest.digest().to_owned()),
+            Some(manifest) => Some(Arc::clone(manifest)),
             None if prepared.layouts.iter().any(|layout| layout.whole) => {
                 self.remember(Arc::clone(&prepared.files), &prepared.description, checks).await
             }
@@ -184,10 +283,16 @@ impl Jobs {
         }
     }
 
-    /// The moves of each shard thread: a file is read by the thread of its drive.
-    fn lanes(&self, plan: &Plan, files: &[OpenFile]) -> Vec<Vec<Range<u32>>> {
+    /// The moves of each shard thread, all or those that are named: a file is read by the thread of its drive.
+    fn lanes(&self, plan: &Plan, files: &[OpenFile], moves: Option<&[u32]>) -> Vec<Vec<Range<u32>>> {
         let mut lanes = vec![Vec::<Range<u32>>::new(); self.shards.len()];
-        for (number, step) in (0u32..).zip(&plan.moves) {
+        let all = 0..plan.moves.len() as u32;
+        let numbers: &mut dyn Iterator<Item = u32> = match moves {
+            Some(moves) => &mut moves.iter().copied(),
+            None => &mut all.into_iter(),
+        };
+        for number in numbers {
+            let step = &plan.moves[number as usize];
             let stamp = &files[step.file as usize].stamp;
             let shard = (self.lane_of)(stamp.dev_major, stamp.dev_minor).shard % lanes.len();
             match lanes[shard].last_mut() {
@@ -198,7 +303,7 @@ impl Jobs {
         lanes
     }
 
-    /// Makes the manifest of files that were read whole, keeps it for the next run, and gives its digest.
+    /// Makes the manifest of files that were read whole, and keeps it for the next run.
     ///
     /// `None` if it would be too large; the artifact is then resident without a digest.
     async fn remember(
@@ -206,7 +311,7 @@ impl Jobs {
         files: Arc<Vec<OpenFile>>,
         description: &Description,
         checks: &[u64],
-    ) -> Option<String> {
+    ) -> Option<Arc<Manifest>> {
         let mut rest = checks;
         let mut sums = Vec::with_capacity(files.len());
         for file in files.iter() {
@@ -225,7 +330,7 @@ impl Jobs {
             {
                 tracing::warn!(%error, "a manifest was not kept for the next run");
             }
-            Ok(manifest.digest().to_owned())
+            Ok(Arc::new(manifest))
         });
         made.await.inspect_err(|error| tracing::warn!(%error, "an artifact has no digest")).ok()
     }
@@ -248,15 +353,9 @@ pub async fn blocking<T: Send + 'static>(act: impl FnOnce() -> Result<T> + Send 
     joined.unwrap_or_else(|_| Err(Error::new(Code::Internal, "a thread of the control plane failed")))
 }
 
-/// Reads the headers and lays out the regions. Takes no memory beyond the headers.
-fn prepare(
-    files: Vec<OpenFile>,
-    targets: &[Target],
-    store: Option<&Store>,
-    limits: &Limits,
-) -> Result<Prepared> {
-    let description = catalog::describe(&files, limits)?;
-    let sizes: Vec<u64> = files.iter().map(|file| file.stamp.bytes).collect();
+/// Lays out the regions.
+fn lay_out(description: &Description, targets: &[Target]) -> Result<Vec<Layout>> {
+    let sizes: Vec<u64> = description.files.iter().map(|file| file.bytes).collect();
     let layouts = targets.iter().map(|target| {
         let picks = target.select.as_deref();
         let picks =
@@ -267,9 +366,7 @@ fn prepare(
         };
         lay_out(&sizes, &description.tensors, picks.as_deref()).ok_or_else(too_large)
     });
-    let layouts = layouts.collect::<Result<_>>()?;
-    let known = store.and_then(|store| store.get(&files));
-    Ok(Prepared { files: Arc::new(files), description, layouts, known })
+    layouts.collect()
 }
 
 /// Checksums that shard threads have left.

@@ -10,6 +10,7 @@ mod host;
 mod job;
 mod landed;
 mod load;
+mod peers;
 mod promote;
 mod verify;
 
@@ -23,16 +24,17 @@ pub use direct::DirectPath;
 pub use gate::{Entered, HeaderGate};
 pub use job::{Interest, Job, JobId};
 pub use load::blocking;
+pub use peers::Peers;
 
 use crate::api::methods::Selector;
 use crate::catalog::store::Store;
 use crate::config;
 use crate::error::{Code, Error, Result};
 use crate::shard::{Landing, Shard};
-use crate::source::file::OpenFile;
+use crate::source::Opened;
 use crate::telemetry::metrics::Metrics;
 use crate::tier::DeviceId;
-use crate::tier::residency::{EntryId, Form, Hold, Key, Residency, Viewer};
+use crate::tier::residency::{EntryId, Form, Hold, Identity, Key, Residency, Viewer};
 
 /// What to call an artifact on a device, for people.
 #[derive(Debug, Clone)]
@@ -57,8 +59,8 @@ pub struct Target {
 /// What a job is asked for.
 #[derive(Debug)]
 pub struct Wanted {
-    /// The files, opened with the tenant's rights.
-    pub files: Vec<OpenFile>,
+    /// Where its bytes come from.
+    pub opened: Opened,
     /// What to call it.
     pub name: Name,
     /// Where to: one, or several GPUs that share one read of the files.
@@ -70,19 +72,33 @@ pub struct Wanted {
 }
 
 impl Wanted {
+    /// What it is.
+    fn identity(&self) -> Identity {
+        identity(&self.opened)
+    }
+
     /// What makes each of its targets the same as another request's.
     pub fn keys(&self) -> impl Iterator<Item = Key> {
-        self.targets.iter().map(|target| key(&self.files, target.device, target.select.as_deref()))
+        self.targets.iter().map(|target| key(&self.opened, target.device, target.select.as_deref()))
     }
 }
 
 /// What makes two requests mean the same resident bytes.
-pub fn key(files: &[OpenFile], device: DeviceId, select: Option<&[Selector]>) -> Key {
+pub fn key(opened: &Opened, device: DeviceId, select: Option<&[Selector]>) -> Key {
     Key {
         device,
-        files: files.iter().map(|file| (file.name.clone(), file.stamp.clone())).collect(),
+        identity: identity(opened),
         select: select.map(<[Selector]>::to_vec),
         form: Form::of(device),
+    }
+}
+
+fn identity(opened: &Opened) -> Identity {
+    match opened {
+        Opened::Files(files) => {
+            Identity::Files(files.iter().map(|file| (file.name.clone(), file.stamp.clone())).collect())
+        }
+        Opened::Digest(digest) => Identity::Digest(digest.clone()),
     }
 }
 
@@ -116,6 +132,7 @@ pub struct Jobs {
     headers: Rc<HeaderGate>,
     metrics: Arc<Metrics>,
     direct: Rc<DirectPath>,
+    peers: Peers,
     config: RefCell<Rc<config::Config>>,
     table: RefCell<BTreeMap<JobId, Rc<Job>>>,
     next: Cell<JobId>,
@@ -131,6 +148,7 @@ impl Jobs {
         store: Option<Arc<Store>>,
         headers: Rc<HeaderGate>,
         metrics: Arc<Metrics>,
+        peers: Peers,
         config: Rc<config::Config>,
     ) -> Rc<Jobs> {
         let contexts = residency.gpus().iter().map(|gpu| Arc::clone(gpu.context())).collect();
@@ -138,6 +156,7 @@ impl Jobs {
         let direct = DirectPath::new(&config.gpu, contexts, options, Arc::clone(&metrics));
         Rc::new(Jobs {
             direct,
+            peers,
             residency,
             shards,
             lane_of,
@@ -154,6 +173,11 @@ impl Jobs {
     /// Drives that write to GPUs by themselves.
     pub fn direct(&self) -> &DirectPath {
         &self.direct
+    }
+
+    /// Other nodes.
+    pub fn peers(&self) -> &Peers {
+        &self.peers
     }
 
     /// Takes over reloaded limits.
@@ -242,7 +266,8 @@ impl Jobs {
     }
 
     fn of_entry(&self, entry: EntryId) -> Option<Rc<Job>> {
-        self.table.borrow().values().rev().find(|job| job.entries.contains(&entry)).cloned()
+        let fills = |job: &&Rc<Job>| job.entries.contains(&entry) || job.below.get() == Some(entry);
+        self.table.borrow().values().rev().find(fills).cloned()
     }
 
     /// A job that `viewer` may see.

@@ -8,7 +8,7 @@ use tokio::task::{JoinSet, spawn_blocking};
 
 use super::gpu::Taken;
 use super::load::{Prepared, blocking, stop_reason, too_large};
-use super::{Job, Jobs, Target, key};
+use super::{Job, Jobs, Target};
 use crate::api::methods::Selector;
 use crate::catalog::select::Runs;
 use crate::checksum::{self, CHUNK_BYTES};
@@ -41,7 +41,12 @@ impl Jobs {
         tenant: u32,
     ) -> Option<Vec<Source>> {
         let source = |select: Option<&[Selector]>, form| {
-            let key = Key { form, ..key(&prepared.files, DeviceId::Host, select) };
+            let key = Key {
+                device: DeviceId::Host,
+                identity: prepared.identity.clone(),
+                select: select.map(<[Selector]>::to_vec),
+                form,
+            };
             let hold = self.residency.hold(self.residency.known(&key, tenant)?).ok()?;
             Some(Source { content: hold.content().ok()?, _hold: hold, form })
         };

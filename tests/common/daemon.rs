@@ -162,7 +162,7 @@ impl Options {
 }
 
 /// An address that no other daemon has: the loopback network is large enough for one for each process.
-fn own_address() -> SocketAddr {
+pub fn own_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(20_000);
     let [_, high, middle, low] = std::process::id().to_be_bytes();
     let port = NEXT.fetch_add(1, Ordering::Relaxed);

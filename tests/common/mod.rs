@@ -5,9 +5,11 @@
 #![allow(clippy::print_stderr, reason = "what a failed or skipped test has to say")]
 
 pub mod daemon;
+pub mod gate;
 pub mod gpu;
 pub mod model;
 pub mod nvml;
+pub mod peers;
 pub mod tenant;
 pub mod wire;
 

@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 mod either;
 mod node;
 pub use node::{
-    ClientStatus, DirectState, DirectStatus, ErrorCount, GpuStatus, HostStatus, PreloadStatus, ShardStatus,
-    StatusReply, StatusRequest, TopologyRequest,
+    ClientStatus, DirectState, DirectStatus, DirectoryStatus, ErrorCount, GpuStatus, HostStatus, PeerStatus,
+    PeersReply, PeersRequest, PreloadStatus, ShardStatus, StatusReply, StatusRequest, TopologyRequest,
 };
 
 /// The API versions that this build speaks, newest last.
@@ -22,7 +22,7 @@ pub const VERSIONS: &[u32] = &[1];
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Source {
-    /// A URI: `file:///models/llama`, or an absolute path.
+    /// A URI: `file:///models/llama`, or an absolute path; `peer://sha256:…` for what other nodes have.
     Uri(String),
     /// Files that the client opened itself; its own rights decide.
     Fds(FdSource),
@@ -534,18 +534,22 @@ pub struct JobInfo {
     pub total: u64,
     /// Bytes per second since it started to run.
     pub rate: f64,
-    /// `file`.
+    /// Where its bytes come from: `file`, `peer`, or `peer,file` if files had to give the rest.
     pub source: String,
     /// Bytes by path, as observed: `direct` (read in place past the page cache), `staged` (by way of a slot),
-    /// `cached` (copied from the page cache), `buffered` (through the page cache, for want of O_DIRECT).
+    /// `cached` (copied from the page cache), `buffered` (through the page cache, for want of O_DIRECT), `tcp` (from a
+    /// peer, over TLS).
     pub path: BTreeMap<String, u64>,
+    /// The peers that were asked, the first choice first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<PeerShare>,
     /// Bytes that were copied from its GPUs to the host tier to make room for it.
     #[serde(default)]
     pub demoted_bytes: u64,
     /// Estimated milliseconds to the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eta_ms: Option<u64>,
-    /// What the time went to most: `storage`, `checksum`, `memory` (page faults), `copy`, or `queue`.
+    /// What the time went to most: `storage`, `network`, `checksum`, `memory` (page faults), `copy`, or `queue`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bottleneck: Option<String>,
     /// Milliseconds since the request.
@@ -556,6 +560,20 @@ pub struct JobInfo {
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorData>,
+}
+
+/// What a peer has given to a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PeerShare {
+    /// Where it listens.
+    pub address: String,
+    /// The name that it has given itself.
+    pub node: String,
+    /// Bytes that it gave.
+    pub bytes: u64,
+    /// Why it was left, if it was: a code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<String>,
 }
 
 /// `data` of an error reply.

@@ -201,3 +201,62 @@ pub struct PreloadStatus {
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TopologyRequest {}
+
+/// `node.peers`: the other nodes that artifacts come from and go to. For the daemon's own user.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeersRequest {}
+
+/// Reply to `node.peers`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct PeersReply {
+    /// Where this node listens for peers. Absent: it serves none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
+    /// Artifacts that peers may have, or are being loaded and given on meanwhile.
+    pub offers: u32,
+    /// Connections of peers that are open.
+    pub connections: u32,
+    /// Bytes of chunks that were sent to peers.
+    pub sent_bytes: u64,
+    /// Who has which artifact, and where that is known from.
+    pub directory: DirectoryStatus,
+    /// Peers that something came from, or was to.
+    pub peers: Vec<PeerStatus>,
+}
+
+/// The directory of who has which artifact.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct DirectoryStatus {
+    /// `static` or `etcd`.
+    pub backend: String,
+    /// Whether what is known is up to date.
+    pub connected: bool,
+    /// Entries of others that are known; peers of the list.
+    pub entries: u64,
+    /// Artifacts that this node announces.
+    pub announced: u64,
+    /// Keys and values that were read and not taken in.
+    pub refused: u64,
+    /// Why the connection was last lost or not made: a code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// What came from one peer since the daemon started.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct PeerStatus {
+    /// Where it listens.
+    pub address: String,
+    /// The name that it has given itself. Empty: it has not been reached yet.
+    pub node: String,
+    /// Bytes that it gave.
+    pub bytes: u64,
+    /// Jobs that took something from it.
+    pub jobs: u64,
+    /// Jobs that left it.
+    pub left: u64,
+    /// Why it was last left: a code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}

@@ -12,32 +12,58 @@ use crate::api::methods::{
     ArtifactInfo, ArtifactReply, ArtifactRequest, AttachRequest, FileInfo, ResolveReply, ResolveRequest,
     Source, TensorInfo,
 };
-use crate::catalog;
+use crate::catalog::{self, manifest};
 use crate::error::{Code, Error, Result};
 use crate::json::shown;
-use crate::source::file::{self, OpenFile};
+use crate::source::Opened;
+use crate::source::file;
 use crate::tier::DeviceId;
 use crate::tier::residency::{Content, Entry, EntryId, Form, Hold, Key, Region, Residency, State};
 use crate::transfer::{self, Claim, Name, Target, Wanted};
 
+/// What a source begins with that names an artifact by its digest.
+const PEER_SCHEME: &str = "peer://";
+
 impl Connection {
-    /// Opens the files of a source with the client's own rights (invariant 7). Gives them and what to call them.
-    async fn open(&self, source: Source, fds: Vec<OwnedFd>) -> Result<(Vec<OpenFile>, String)> {
+    /// Opens a source with the client's own rights (invariant 7). Gives it and what to call it.
+    async fn open(&self, source: Source, fds: Vec<OwnedFd>) -> Result<(Opened, String)> {
+        if let Source::Uri(uri) = &source
+            && let Some(digest) = uri.strip_prefix(PEER_SCHEME)
+        {
+            return Ok((Opened::Digest(self.by_digest(digest)?), shown(uri)));
+        }
         let (roots, tenant, limits) =
             (Arc::clone(&self.node.roots), self.tenant.clone(), self.limits.clone());
         transfer::blocking(move || match source {
             Source::Uri(uri) => {
                 let files = roots.open_artifact(&uri, &tenant, &limits)?;
-                Ok((files, shown(&uri)))
+                Ok((Opened::Files(files), shown(&uri)))
             }
             Source::Fds(sent) => {
                 let files = file::from_fds(fds, &sent.names, &limits)?;
                 let names: Vec<&str> = files.iter().map(|file| file.name.as_str()).collect();
                 let shown = format!("fds:{}", names.join(","));
-                Ok((files, shown))
+                Ok((Opened::Files(files), shown))
             }
         })
         .await
+    }
+
+    /// A digest by which this client may load from peers: there are no files whose rights could decide.
+    fn by_digest(&self, digest: &str) -> Result<String> {
+        let config = self.node.config();
+        let uid = self.tenant.uid;
+        if uid != self.node.own_uid && !config.peer.tenants.contains(&uid) {
+            let message = format!(
+                "{} may not load by digest: name a path that you may read, or ask for peer.tenants to contain {uid}",
+                self.tenant
+            );
+            return Err(Error::new(Code::ApiForbidden, message));
+        }
+        manifest::checked_digest(digest).ok_or_else(|| {
+            let message = format!("'{}' is no digest: write peer://sha256: and 64 digits", shown(digest));
+            Error::new(Code::SourceUriInvalid, message)
+        })
     }
 
     /// Opens a source and says what is wanted of it.
@@ -49,24 +75,33 @@ impl Connection {
         priority: i32,
     ) -> Result<Wanted> {
         let origin = origin(&source);
-        let (files, source) = self.open(source, fds).await?;
+        let (opened, source) = self.open(source, fds).await?;
         let devices = targets.iter().map(|target| self.node.residency.device_name(target.device));
         let name = Name { source, origin, device: devices.collect::<Vec<_>>().join(",") };
-        Ok(Wanted { files, name, targets, priority, tenant: self.tenant.uid })
+        Ok(Wanted { opened, name, targets, priority, tenant: self.tenant.uid })
     }
 
     pub(super) async fn resolve(&self, request: ResolveRequest, fds: Vec<OwnedFd>) -> Result<ResolveReply> {
-        let (files, _) = self.open(request.source, fds).await?;
+        let (opened, _) = self.open(request.source, fds).await?;
         let devices: Vec<DeviceId> = self.node.device_ids().collect();
-        let keys: Vec<_> = devices.iter().map(|device| transfer::key(&files, *device, None)).collect();
+        let keys: Vec<_> = devices.iter().map(|device| transfer::key(&opened, *device, None)).collect();
         let (limits, store) = (self.limits.clone(), self.node.store.clone());
         let entered = self.node.headers.enter().await;
-        let described = transfer::blocking(move || {
-            let known =
-                store.and_then(|store| store.get(&files)).map(|manifest| manifest.digest().to_owned());
-            Ok((catalog::describe(&files, &limits)?, known, entered))
-        });
-        let (description, known, _entered) = described.await?;
+        let (description, known) = match opened {
+            Opened::Files(files) => {
+                let described = transfer::blocking(move || {
+                    let known = store.and_then(|store| store.get(&files));
+                    let digest = known.map(|manifest| manifest.digest().to_owned());
+                    Ok((catalog::describe(&files, &limits)?, digest))
+                });
+                described.await?
+            }
+            Opened::Digest(digest) => {
+                let manifest = self.node.jobs.peers().manifest(&digest).await?;
+                (manifest.description().clone(), Some(digest))
+            }
+        };
+        drop(entered);
         let residency = &self.node.residency;
         let states = devices.iter().zip(&keys).filter_map(|(device, key)| {
             let entry = residency.known(key, self.tenant.uid)?;
@@ -201,8 +236,8 @@ impl Connection {
                 // Loaded from files that were there before.
                 let old = || residency.find_origin(origin.as_deref()?, device, select, self.viewer());
                 match self.open(source, fds).await {
-                    Ok((files, _)) => {
-                        let key = transfer::key(&files, device, select);
+                    Ok((opened, _)) => {
+                        let key = transfer::key(&opened, device, select);
                         let known = |key: &Key| residency.known(key, self.tenant.uid);
                         // On the host tier there may be what has left a GPU instead.
                         let entry = known(&key).or_else(|| known(&Key { form: Form::Packed, ..key.clone() }));
@@ -247,6 +282,7 @@ pub(super) fn info(residency: &Residency, entry: &Entry) -> ArtifactInfo {
 /// The path that a source names, in full.
 fn origin(source: &Source) -> Option<String> {
     match source {
+        Source::Uri(uri) if uri.starts_with(PEER_SCHEME) => None,
         Source::Uri(uri) => Some(uri.strip_prefix("file://").unwrap_or(uri).to_owned()),
         Source::Fds(_) => None,
     }

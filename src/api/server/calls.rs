@@ -89,6 +89,13 @@ impl Connection {
                 let clients = self.clients.list(self.viewer());
                 self.reply(id, &StatusReply { clients, ..node.status(self.viewer()) })
             }
+            Call::NodePeers(_) => {
+                if self.viewer().is_some() {
+                    let message = "only the daemon's own user may ask which nodes it exchanges artifacts with";
+                    return Err(Error::new(Code::ApiForbidden, message));
+                }
+                self.reply(id, &node.jobs.peers().status())
+            }
             Call::NodeTopology(_) => self.reply(id, &node.topology().await?),
         }
     }

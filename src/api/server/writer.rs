@@ -70,7 +70,7 @@ impl Attached {
     }
 
     fn reply(&self) -> AttachReply {
-        let Content { description, files, tensors, digest, region, .. } = &*self.content;
+        let Content { description, files, tensors, region, .. } = &*self.content;
         let parts: Vec<u64> = match region {
             Region::Host(parts) => parts.iter().map(Sealed::bytes).collect(),
             Region::Gpu(memory) => vec![memory.bytes()],
@@ -99,7 +99,7 @@ impl Attached {
         });
         AttachReply {
             lease: self.lease,
-            digest: digest.clone(),
+            digest: self.content.digest().map(str::to_owned),
             format: description.format.as_str().to_owned(),
             regions: vec![region],
             tensors: tensors.collect(),

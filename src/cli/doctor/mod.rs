@@ -5,6 +5,7 @@
 mod gpu;
 mod host;
 mod pair;
+mod peer;
 mod place;
 pub(super) mod read;
 
@@ -32,6 +33,16 @@ pub(super) struct Args {
     /// Measure reads of this file, or of the largest file of this directory, past the page cache, and to each GPU
     #[arg(long, value_name = "PATH")]
     read: Option<PathBuf>,
+
+    #[command(subcommand)]
+    of: Option<Of>,
+}
+
+/// What else can be examined.
+#[derive(Debug, clap::Subcommand)]
+enum Of {
+    /// Another node: whether artifacts can be taken from it, and if not, what is wrong
+    Peer(peer::Args),
 }
 
 /// How a check ended.
@@ -132,9 +143,19 @@ struct Report {
 
 /// Makes all checks. Exit code 1 if one of them failed.
 pub(super) fn run(output: Output, args: &Args) -> Result<ExitCode> {
-    let report = examine(args)?;
-    output.result(&report, || text(&report))?;
-    Ok(if report.verdict == Verdict::Fail { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    let verdict = match &args.of {
+        Some(Of::Peer(args)) => {
+            let report = peer::examine(args)?;
+            output.result(&report, || printable(&listing(&report.checks)))?;
+            report.verdict
+        }
+        None => {
+            let report = examine(args)?;
+            output.result(&report, || text(&report))?;
+            report.verdict
+        }
+    };
+    Ok(if verdict == Verdict::Fail { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn examine(args: &Args) -> Result<Report> {
@@ -183,9 +204,9 @@ fn limits(checks: &[Check]) -> Vec<&'static str> {
     names
 }
 
-fn text(report: &Report) -> String {
+fn listing(checks: &[Check]) -> String {
     let mut out = String::new();
-    for check in &report.checks {
+    for check in checks {
         let verdict = match check.verdict {
             Verdict::Ok => "ok  ",
             Verdict::Warn => "WARN",
@@ -198,6 +219,11 @@ fn text(report: &Report) -> String {
             let _ = writeln!(out, "      → {change}");
         }
     }
+    out
+}
+
+fn text(report: &Report) -> String {
+    let mut out = listing(&report.checks);
     for read in &report.reads {
         let _ = writeln!(
             out,

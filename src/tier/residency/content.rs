@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use crate::catalog::Description;
+use crate::catalog::manifest::Manifest;
 use crate::checksum;
+use crate::peer::offered::Offered;
 use crate::plan::Placed;
 use crate::sys::cuda::DeviceMemory;
 use crate::sys::mem::Sealed;
@@ -17,8 +19,8 @@ pub struct Content {
     pub files: Vec<Option<u64>>,
     /// Where the tensors lie.
     pub tensors: Vec<Placed>,
-    /// Digest of the manifest, if all bytes were read.
-    pub digest: Option<String>,
+    /// The manifest, if all bytes were read once.
+    pub manifest: Option<Arc<Manifest>>,
     /// Checksums of what is resident. As in its files: of the ranges in `chunks`. Packed: of the tensors, then of what is
     /// resident as whole files, in their order.
     pub checks: Box<[u64]>,
@@ -27,6 +29,8 @@ pub struct Content {
     pub chunks: Box<[(u64, u32)]>,
     /// The memory.
     pub region: Region,
+    /// Peers may have it, until this is dropped.
+    pub offered: Option<Offered>,
 }
 
 /// A range of a region, and the checksum that it must have.
@@ -41,6 +45,11 @@ pub struct Piece {
 }
 
 impl Content {
+    /// Digest of the manifest, if all bytes were read once.
+    pub fn digest(&self) -> Option<&str> {
+        self.manifest.as_ref().map(|manifest| manifest.digest())
+    }
+
     /// What lies where in a packed region: its tensors, then what is resident as whole files.
     pub fn packed(&self) -> Vec<Piece> {
         let tensors = self.tensors.iter().map(|tensor| (tensor.offset, tensor.nbytes));

@@ -165,15 +165,16 @@ impl Residency {
             }
         };
         let region = Region::Host(self.host.seal(memories)?);
-        let Content { description, files, tensors, digest, checks, .. } = &*content;
+        let Content { description, files, tensors, manifest, checks, .. } = &*content;
         Ok(Content {
             description: description.clone(),
             files: files.clone(),
             tensors: tensors.clone(),
-            digest: digest.clone(),
+            manifest: manifest.clone(),
             checks: checks.clone(),
             chunks: Box::default(),
             region,
+            offered: None,
         })
     }
 }

@@ -50,13 +50,22 @@ impl Form {
     }
 }
 
+/// What an artifact is, before its bytes are known.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Identity {
+    /// Name and identity of each file.
+    Files(Vec<(String, Stamp)>),
+    /// The digest of its manifest.
+    Digest(String),
+}
+
 /// What makes two requests mean the same resident bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Key {
     /// Where.
     pub device: DeviceId,
-    /// Name and identity of each file.
-    pub files: Vec<(String, Stamp)>,
+    /// What.
+    pub identity: Identity,
     /// The selection.
     pub select: Option<Vec<Selector>>,
     /// How its bytes lie.
@@ -81,7 +90,7 @@ impl State {
     /// Digest of the manifest, if known.
     pub fn digest(&self) -> Option<String> {
         match self {
-            State::Resident(content) => content.digest.clone(),
+            State::Resident(content) => content.digest().map(str::to_owned),
             State::Loading => None,
         }
     }
@@ -249,7 +258,7 @@ impl Residency {
     /// The entry for `key`, which `tenant` has just opened, or a new one that is loading (then `true`).
     pub fn enter(&self, key: Key, source: &str, origin: Option<&str>, tenant: u32) -> (EntryId, bool) {
         let mut table = self.table.borrow_mut();
-        if let Some(id) = table.by_key.get(&key).copied()
+        if let Some(id) = table.find(&key)
             && let Some(entry) = table.entries.get_mut(&id)
         {
             entry.tenants.insert(tenant);
@@ -281,7 +290,7 @@ impl Residency {
     /// The entry for `key`, which `tenant` has just opened, if there is one.
     pub fn known(&self, key: &Key, tenant: u32) -> Option<EntryId> {
         let mut table = self.table.borrow_mut();
-        let id = table.by_key.get(key).copied()?;
+        let id = table.find(key)?;
         let entry = table.entries.get_mut(&id)?;
         entry.tenants.insert(tenant);
         entry.stale = false;
@@ -312,14 +321,9 @@ impl Residency {
         viewer: Viewer,
     ) -> Result<EntryId> {
         let table = self.table.borrow();
-        let found = table.entries.values().rev().find(|entry| {
-            let known =
-                matches!(&entry.state, State::Resident(content) if content.digest.as_deref() == Some(digest));
-            known
-                && entry.key.device == device
-                && entry.key.form == Form::of(device)
-                && entry.key.select.as_deref() == select
-                && entry.seen_by(viewer)
+        let of_device = |entry: &&Entry| entry.key.device == device && entry.key.form == Form::of(device);
+        let found = table.entries.values().rev().filter(of_device).find(|entry| {
+            entry.has_digest(digest) && entry.key.select.as_deref() == select && entry.seen_by(viewer)
         });
         found.map(|entry| entry.id).ok_or_else(|| {
             Error::new(
@@ -358,7 +362,7 @@ impl Residency {
             let before = table.entries.range_mut(..id).map(|(_, entry)| entry);
             for old in before {
                 let replaced = old.came_from(origin, key.device, select);
-                let of_old_files = old.came_down_from(origin) && old.key.files != key.files;
+                let of_old_files = old.came_down_from(origin) && old.key.identity != key.identity;
                 old.stale |= replaced || of_old_files;
             }
         }
@@ -497,7 +501,11 @@ impl Residency {
     fn let_go(&self, parted: Option<Parted>) {
         let Some(Parted { device, content, importers }) = parted else { return };
         match Arc::try_unwrap(content) {
-            Ok(Content { region: Region::Host(parts), .. }) => self.host.release(parts),
+            Ok(Content { region: Region::Host(parts), offered, .. }) => {
+                // Whoever still sends of it lets go after the chunk that it is at; until then it counts as held.
+                drop(offered);
+                self.host.release(parts);
+            }
             Ok(Content { region: Region::Gpu(memory), .. }) => {
                 if let DeviceId::Gpu(index) = device
                     && let Some(gpu) = self.gpus.get(index)
@@ -535,6 +543,20 @@ impl Residency {
 }
 
 impl Table {
+    /// The entry for `key`. A digest also finds what was loaded from files and turned out to have it.
+    fn find(&self, key: &Key) -> Option<EntryId> {
+        let known = self.by_key.get(key).copied();
+        let Identity::Digest(digest) = &key.identity else { return known };
+        known.or_else(|| {
+            let same = |entry: &&Entry| {
+                let Key { device, select, form, .. } = &entry.key;
+                (device, select, form) == (&key.device, &key.select, &key.form)
+            };
+            let mut newest = self.entries.values().rev().filter(same).filter(|entry| !entry.stale);
+            newest.find(|entry| entry.has_digest(digest)).map(|entry| entry.id)
+        })
+    }
+
     fn remove(&mut self, id: EntryId) -> Option<Entry> {
         let entry = self.entries.remove(&id)?;
         // A newer entry may have the key by now.
@@ -555,7 +577,10 @@ impl Table {
 
 impl Entry {
     fn idle(&self) -> bool {
-        self.leases == 0 && matches!(self.state, State::Resident(_))
+        let State::Resident(content) = &self.state else { return false };
+        // A chunk that is being sent to a peer keeps the memory for a moment.
+        let sent = content.offered.as_ref().is_some_and(|offered| offered.offer().users() > 0);
+        self.leases == 0 && !sent
     }
 
     fn came_from(&self, origin: Option<&str>, device: DeviceId, select: Option<&[Selector]>) -> bool {
@@ -570,6 +595,10 @@ impl Entry {
     fn came_down_from(&self, origin: Option<&str>) -> bool {
         let below = self.key.device == DeviceId::Host && self.key.form == Form::Packed;
         below && origin.is_some() && self.origin.as_deref() == origin
+    }
+
+    fn has_digest(&self, digest: &str) -> bool {
+        matches!(&self.state, State::Resident(content) if content.digest() == Some(digest))
     }
 
     /// Whether `viewer` may know of it.
