@@ -98,7 +98,6 @@ def torch_load(paths, kept):
 
 def lodestream_node(paths, kept):
     import lodestream
-    import torch  # noqa: F401
 
     node = lodestream.connect()
 
@@ -109,7 +108,6 @@ def lodestream_node(paths, kept):
 
 def lodestream_in_process(paths, kept):
     import lodestream
-    import torch  # noqa: F401
 
     node = lodestream.direct()
 
@@ -155,6 +153,9 @@ def touch(tensor, how):
 
 def main():
     name, keep, how, *paths = sys.argv[1:]
+    # Some loaders import it only when they give their first tensor: no loader's time contains that.
+    import torch  # noqa: F401
+
     load = LOADERS[name](paths, keep == "kept")
     print("ready", flush=True)
     sys.stdin.readline()
