@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::flags::{self, ServeArgs};
 use super::layers::{Environment, Layers, start_of};
 use super::origin::{Given, Origin};
+use super::peer::peer;
 use super::raw::{RawConfig, RawDataPlane, RawGpu, RawHost, RawLimits, RawLog, RawPreload};
 use super::size::Size;
 use super::{
@@ -27,7 +28,7 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 const FDS_PER_MESSAGE_MAX: u64 = 253;
 /// Length of a host name with all its domains.
 const NODE_BYTES_MAX: usize = 253;
-/// Entries of `roots` and of `preload`.
+/// Entries of `roots`, of `preload` and of the other lists.
 const LIST_ENTRIES_MAX: usize = 1024;
 
 /// How long something may take that a client decides about, milliseconds.
@@ -104,6 +105,7 @@ pub(super) fn load(
         host: host(&layers, args, raw.host, default.host, machine)?,
         gpu: gpu(&layers, args, raw.gpu, default.gpu)?,
         data_plane: data_plane(&layers, args, raw.data_plane, default.data_plane)?,
+        peer: peer(&layers, raw.peer, default.peer)?,
         limits: limits(&layers, raw.limits, default.limits)?,
         preload,
         ready_after_preload: truth(
@@ -375,7 +377,7 @@ fn device(given: &Given) -> Result<String, ConfigError> {
     if valid { Ok(given.text.clone()) } else { Err(given.invalid("host, gpu:<index> or gpu:GPU-<uuid>")) }
 }
 
-fn bounded(entries: Vec<Given>) -> Result<Vec<Given>, ConfigError> {
+pub(super) fn bounded(entries: Vec<Given>) -> Result<Vec<Given>, ConfigError> {
     match entries.get(LIST_ENTRIES_MAX) {
         Some(surplus) => Err(too_many(surplus)),
         None => Ok(entries),
@@ -390,12 +392,20 @@ fn whole_huge_pages(bytes: u64) -> u64 {
     bytes - bytes % HUGE_PAGE_BYTES
 }
 
-fn integer(given: Option<Given>, default: u64, range: RangeInclusive<u64>) -> Result<u64, ConfigError> {
+pub(super) fn integer(
+    given: Option<Given>,
+    default: u64,
+    range: RangeInclusive<u64>,
+) -> Result<u64, ConfigError> {
     given.map_or(Ok(default), |given| given.integer(&range))
 }
 
 /// A number whose range lies within 32 bits.
-fn count(given: Option<Given>, default: u32, range: RangeInclusive<u64>) -> Result<u32, ConfigError> {
+pub(super) fn count(
+    given: Option<Given>,
+    default: u32,
+    range: RangeInclusive<u64>,
+) -> Result<u32, ConfigError> {
     let Some(given) = given else { return Ok(default) };
     let number = given.integer(&range)?;
     u32::try_from(number).map_err(|_| given.invalid(format!("a number up to {}", u32::MAX)))

@@ -7,6 +7,7 @@ pub mod flags;
 mod layers;
 pub mod level;
 mod origin;
+mod peer;
 mod raw;
 pub mod reload;
 pub mod size;
@@ -21,6 +22,7 @@ use thiserror::Error;
 
 pub use flags::ServeArgs;
 pub use origin::Origin;
+pub use peer::Peer;
 pub use reload::diff_reloadable;
 
 use crate::error::{Code, Error, Result};
@@ -53,6 +55,8 @@ pub struct Config {
     pub gpu: Gpu,
     /// The data-plane threads.
     pub data_plane: DataPlane,
+    /// Daemons of other nodes.
+    pub peer: Peer,
     /// Limits on what comes from outside.
     pub limits: Limits,
     /// Artifacts made resident at start, highest priority first.
@@ -353,6 +357,7 @@ impl Default for Config {
                 page_cache: PageCache::Auto,
                 landing: Landing::Auto,
             },
+            peer: Peer::default(),
             limits: Limits {
                 connections_max: 1024,
                 connections_per_tenant_max: 256,

@@ -69,6 +69,7 @@ table!(RawConfig {
     host: RawHost,
     gpu: RawGpu,
     data_plane: RawDataPlane,
+    peer: RawPeer,
     limits: RawLimits,
     preload: Option<Vec<Spanned<RawPreload>>>,
     ready_after_preload: Field,
@@ -105,6 +106,23 @@ table!(RawLimits {
     files_max: Field,
     tensors_max: Field,
     header_bytes_max: Field,
+});
+
+table!(RawPeer {
+    listen: Field,
+    certificate: Field,
+    key: Field,
+    ca: Field,
+    identities: Field<Vec<Scalar>>,
+    peers: Field<Vec<Scalar>>,
+    streams: Field,
+    connections_max: Field,
+    unauthenticated_max: Field,
+    handshake_timeout_ms: Field,
+    idle_timeout_ms: Field,
+    chunk_timeout_ms: Field,
+    window: Field,
+    tenants: Field<Vec<Scalar>>,
 });
 
 table!(RawPreload { source: Field, device: Field, priority: Field, pin: Field });

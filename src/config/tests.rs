@@ -205,6 +205,23 @@ fn values_out_of_range_are_refused() {
         "data_plane.landing = 'somewhere'",
         "gpu.direct = 'maybe'",
         "gpu.direct_probe_timeout_ms = 99",
+        "peer.listen = 'localhost'",
+        "peer = { peers = ['a:1'], certificate = '/c', key = '/k', ca = '/a' }",
+        "peer = { peers = ['a:1'], certificate = '/c', ca = '/a', identities = ['a'] }",
+        "peer = { listen = '[::]:1', key = '/k', ca = '/a', identities = ['a'] }",
+        "peer.key = 'key.pem'",
+        "peer.identities = ['*.example.org']",
+        "peer.identities = ['Node']",
+        "peer.identities = ['spiffe://']",
+        "peer.identities = ['https://a/b']",
+        "peer = { peers = ['a'], certificate = '/c', key = '/k', ca = '/a', identities = ['a'] }",
+        "peer = { peers = ['a:0'], certificate = '/c', key = '/k', ca = '/a', identities = ['a'] }",
+        "peer = { peers = ['::1:7420'], certificate = '/c', key = '/k', ca = '/a', identities = ['a'] }",
+        "peer.streams = 0",
+        "peer.window = 257",
+        "peer.unauthenticated_max = 0",
+        "peer.chunk_timeout_ms = 99",
+        "peer.tenants = ['root']",
         "limits.connections_max = 0",
         "limits.fds_per_message_max = 254",
         "limits.fds_per_message_max = 0",
@@ -244,6 +261,26 @@ fn a_budget_above_the_memory_says_both_figures() {
     let small = Machine { memory_bytes: GIB, ..machine() };
     let message = load(&ServeArgs::default(), &|_| None, &small).unwrap_err().to_string();
     assert!(message.contains("the default") && message.contains("host.budget_bytes"), "{message}");
+}
+
+#[test]
+fn peers_need_certificates_and_the_error_says_why() {
+    let message = refused("peer.listen = '[::]:7420'");
+    assert!(message.contains("peer.certificate") && message.contains("as there is peer.listen"), "{message}");
+    let text = "
+        [peer]
+        listen = '[::]:7420'
+        certificate = '/c'
+        key = '/k'
+        ca = '/a'
+        identities = ['spiffe://example.org/node/b', 'node-c.example.org']
+        peers = ['node-b:7420', '[fd00::2]:7420', '10.0.0.3:7420']
+        tenants = [1000, '1001']
+        ";
+    let peer = file(text, ServeArgs::default(), &[]).unwrap().peer;
+    assert_eq!(peer.identities, ["spiffe://example.org/node/b", "node-c.example.org"]);
+    assert_eq!(peer.peers, ["node-b:7420", "[fd00::2]:7420", "10.0.0.3:7420"]);
+    assert_eq!((peer.tenants, peer.window), (vec![1000, 1001], Peer::default().window));
 }
 
 #[test]
@@ -340,6 +377,17 @@ fn configs() -> impl Strategy<Value = Config> {
                 landing: Landing::Slots,
                 ..default.data_plane
             },
+            peer: Peer {
+                listen: Some("[::1]:7420".parse().unwrap()),
+                certificate: Some("/c".into()),
+                key: Some("/k".into()),
+                ca: Some("/a".into()),
+                identities: vec!["spiffe://example.org/a".to_owned()],
+                peers: vec!["b:1".to_owned()],
+                tenants: vec![1000],
+                window: 9,
+                ..default.peer
+            },
             limits: Limits { header_bytes_max, fds_per_message_max, ..default.limits },
             log: Log { format: LogFormat::Json, level: "info,a=debug".to_owned() },
             ..default
@@ -373,6 +421,13 @@ fn the_document_has_every_key_with_its_default_flag_variable_and_reload() {
     let mut expected: Vec<String> = reload::keys(&Config {
         state_dir: Some("/s".into()),
         metrics_listen: Some("[::]:1".parse().unwrap()),
+        peer: Peer {
+            listen: Some("[::]:1".parse().unwrap()),
+            certificate: Some("/c".into()),
+            key: Some("/k".into()),
+            ca: Some("/a".into()),
+            ..Peer::default()
+        },
         ..Config::default()
     })
     .into_keys()

@@ -1,7 +1,8 @@
-//! Read-only mappings of shared regions, as a client of the daemon makes them.
+//! Read-only mappings of shared regions, as a client of the daemon makes them, and what they have in common with the
+//! views of regions that the daemon itself reads from ([`super::view`]).
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
 use rustix::fs::SealFlags;
@@ -13,12 +14,9 @@ const ALIGN: usize = 2 << 20;
 /// Parts are whole pages, bytes.
 const PAGE_BYTES: u64 = 4096;
 
-/// The parts of a region, mapped one behind the other into one range of addresses.
-///
-/// The mapping is independent of the descriptors and of the process that made them: its bytes stay as they are
-/// until it is dropped.
+/// Parts of memory, mapped read-only one behind the other into one range of addresses, until it is dropped.
 #[derive(Debug)]
-pub struct ReadMap {
+pub(super) struct Range {
     /// The reserved range; the parts lie from `start` on.
     reserved: NonNull<u8>,
     reserved_bytes: usize,
@@ -26,36 +24,27 @@ pub struct ReadMap {
     bytes: usize,
 }
 
-// SAFETY: the mapped memory is immutable (see `as_slice`), so threads can share it.
-unsafe impl Send for ReadMap {}
-// SAFETY: as above.
-unsafe impl Sync for ReadMap {}
+// SAFETY: plain memory that any thread may map and unmap; who may read which of its bytes is the business of those who
+// own a range.
+unsafe impl Send for Range {}
+// SAFETY: as above; `&Range` alone gives access to no byte.
+unsafe impl Sync for Range {}
 
-impl ReadMap {
-    /// Maps descriptors of sealed memory, each with the number of bytes to map of it, and closes them.
-    ///
-    /// Without parts, the map is empty.
-    ///
-    /// # Errors
-    /// `InvalidInput` if a size is not a positive multiple of 4096, if the sizes do not add up to an address range, if
-    /// a descriptor is shorter than its size, or if it is not memory that is sealed against shrinking and writing:
-    /// reading a page that was cut off kills the process. Else what `mmap` gives.
-    pub fn from_parts(parts: Vec<(OwnedFd, u64)>) -> io::Result<ReadMap> {
-        let mut total = 0u64;
-        for (fd, bytes) in &parts {
-            check_part(fd, *bytes)?;
-            total = total.checked_add(*bytes).ok_or_else(|| invalid("the parts are too long"))?;
-        }
+impl Range {
+    /// Maps parts, each with the number of bytes to map of it: whole pages of which the descriptor has that many.
+    pub(super) fn of(parts: &[(BorrowedFd<'_>, u64)]) -> io::Result<Range> {
+        let total = parts.iter().try_fold(0u64, |total, (_, bytes)| total.checked_add(*bytes));
+        let total = total.ok_or_else(|| invalid("the parts are too long"))?;
         let bytes = usize::try_from(total).map_err(|_| invalid("the parts are too long"))?;
         if bytes == 0 {
-            return Ok(ReadMap { reserved: NonNull::dangling(), reserved_bytes: 0, start: 0, bytes: 0 });
+            return Ok(Range { reserved: NonNull::dangling(), reserved_bytes: 0, start: 0, bytes: 0 });
         }
         let reserved_bytes = bytes.checked_next_multiple_of(ALIGN).and_then(|bytes| bytes.checked_add(ALIGN));
         let reserved_bytes = reserved_bytes.ok_or_else(|| invalid("the parts are too long"))?;
         let map = Self::reserve(reserved_bytes, bytes)?;
         let mut offset = map.start;
         for (fd, bytes) in parts {
-            let bytes = bytes as usize; // no more than `total`, which is a usize
+            let bytes = *bytes as usize; // no more than `total`, which is a usize
             // SAFETY: `offset` is below the end of the reserved range: the parts add up to `map.bytes`, and
             // `reserve` left room for that from `map.start` on.
             let address = unsafe { map.reserved.as_ptr().add(offset) };
@@ -66,7 +55,7 @@ impl ReadMap {
                     bytes,
                     ProtFlags::READ,
                     MapFlags::SHARED | MapFlags::FIXED,
-                    &fd,
+                    fd,
                     0,
                 )
             };
@@ -82,7 +71,7 @@ impl ReadMap {
     }
 
     /// Takes a range of addresses that nothing can be read from yet.
-    fn reserve(reserved_bytes: usize, bytes: usize) -> io::Result<ReadMap> {
+    fn reserve(reserved_bytes: usize, bytes: usize) -> io::Result<Range> {
         // SAFETY: the kernel chooses the address; nothing that exists is replaced.
         let reserved = unsafe {
             rustix::mm::mmap_anonymous(
@@ -95,29 +84,60 @@ impl ReadMap {
         let reserved = NonNull::new(reserved.cast::<u8>())
             .ok_or_else(|| io::Error::other("the kernel mapped address 0"))?;
         let start = reserved.as_ptr().align_offset(ALIGN);
-        Ok(ReadMap { reserved, reserved_bytes, start, bytes })
+        Ok(Range { reserved, reserved_bytes, start, bytes })
+    }
+
+    /// Bytes of all parts.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Where the first part begins; [`Range::bytes`] can be read from there on. Dangling if there are none.
+    pub(super) fn address(&self) -> *const u8 {
+        // SAFETY: `start` is below ALIGN, and the range is longer than that, or both are 0 (`of`).
+        unsafe { self.reserved.as_ptr().add(self.start) }
+    }
+}
+
+impl Drop for Range {
+    fn drop(&mut self) {
+        if self.reserved_bytes != 0 {
+            // SAFETY: the range is ours, and slices of it borrow from whoever owns it.
+            let _ = unsafe { rustix::mm::munmap(self.reserved.as_ptr().cast(), self.reserved_bytes) };
+        }
+    }
+}
+
+/// The parts of a region, mapped one behind the other into one range of addresses.
+///
+/// The mapping is independent of the descriptors and of the process that made them: its bytes stay as they are
+/// until it is dropped.
+#[derive(Debug)]
+pub struct ReadMap(Range);
+
+impl ReadMap {
+    /// Maps descriptors of sealed memory, each with the number of bytes to map of it, and closes them.
+    ///
+    /// Without parts, the map is empty.
+    ///
+    /// # Errors
+    /// `InvalidInput` if a size is not a positive multiple of 4096, if the sizes do not add up to an address range, if
+    /// a descriptor is shorter than its size, or if it is not memory that is sealed against shrinking and writing:
+    /// reading a page that was cut off kills the process. Else what `mmap` gives.
+    pub fn from_parts(parts: Vec<(OwnedFd, u64)>) -> io::Result<ReadMap> {
+        for (fd, bytes) in &parts {
+            check_part(fd, *bytes)?;
+        }
+        let parts: Vec<_> = parts.iter().map(|(fd, bytes)| (fd.as_fd(), *bytes)).collect();
+        Ok(ReadMap(Range::of(&parts)?))
     }
 
     /// The bytes of all parts, one behind the other.
     pub fn as_slice(&self) -> &[u8] {
-        if self.bytes == 0 {
-            return &[];
-        }
-        // SAFETY: `start` is below ALIGN, and the range is longer than that (`from_parts`).
-        let address = unsafe { self.reserved.as_ptr().add(self.start) };
-        // SAFETY: `from_parts` mapped `bytes` readable bytes there, which stay mapped for as long as `self`. They
+        // SAFETY: `Range::of` mapped that many readable bytes there, which stay mapped for as long as `self`. They
         // do not change: the descriptors are sealed against writing and shrinking (`check_part`), and the one who
         // sealed them, the daemon, shares a region only when it is complete and does not write to it again.
-        unsafe { std::slice::from_raw_parts(address, self.bytes) }
-    }
-}
-
-impl Drop for ReadMap {
-    fn drop(&mut self) {
-        if self.reserved_bytes != 0 {
-            // SAFETY: the range is ours, and slices of it borrow from `self`.
-            let _ = unsafe { rustix::mm::munmap(self.reserved.as_ptr().cast(), self.reserved_bytes) };
-        }
+        unsafe { std::slice::from_raw_parts(self.0.address(), self.0.bytes()) }
     }
 }
 

@@ -27,8 +27,42 @@ pub struct Memory {
     fd: OwnedFd,
     mapping: Mapping,
     pages: PageKind,
-    /// One bit for each `SPAN_ALIGN` bytes: set while a span claims them.
-    claims: Box<[AtomicU64]>,
+    /// Shared with the views of this memory.
+    claims: Arc<Claims>,
+}
+
+/// Which units of [`SPAN_ALIGN`] bytes of a memory are claimed: each by one span, or by the view that lets them be read.
+#[derive(Debug)]
+pub(super) struct Claims(Box<[AtomicU64]>);
+
+impl Claims {
+    fn new(bytes: u64) -> Claims {
+        let words = (bytes / SPAN_ALIGN).div_ceil(64);
+        Claims((0..words).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Claims `units`, which lie inside the memory; false, and nothing is claimed, if one of them is claimed already.
+    pub(super) fn take(&self, units: std::ops::Range<u64>) -> bool {
+        let mut taken = units.start;
+        for (word, mask) in masks(units.clone()) {
+            let before = self.0[word].fetch_or(mask, Ordering::Acquire);
+            if before & mask != 0 {
+                // Another has some of these units: give back exactly what this call has set.
+                self.0[word].fetch_and(!(mask & !before), Ordering::Release);
+                self.release(units.start..taken);
+                return false;
+            }
+            taken = (word as u64 + 1) * 64;
+        }
+        true
+    }
+
+    /// Gives back what was claimed.
+    pub(super) fn release(&self, units: std::ops::Range<u64>) {
+        for (word, mask) in masks(units) {
+            self.0[word].fetch_and(!mask, Ordering::Release);
+        }
+    }
 }
 
 /// An address range of this process, unmapped on drop.
@@ -72,9 +106,7 @@ impl Memory {
             // SAFETY: advice on a range that `mapping` owns; it changes no content.
             unsafe { rustix::mm::madvise(mapping.address.as_ptr().cast(), length, Advice::LinuxHugepage) }?;
         }
-        let bits = bytes / SPAN_ALIGN;
-        let claims = (0..bits.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Ok(Memory { fd, mapping, pages, claims })
+        Ok(Memory { fd, mapping, pages, claims: Arc::new(Claims::new(bytes)) })
     }
 
     /// Length in bytes.
@@ -109,24 +141,7 @@ impl Memory {
             return None;
         }
         let units = offset / SPAN_ALIGN..end.div_ceil(SPAN_ALIGN);
-        let mut taken = units.start;
-        for (word, mask) in masks(units.clone()) {
-            let before = self.claims[word].fetch_or(mask, Ordering::Acquire);
-            if before & mask != 0 {
-                // Another span has some of these units: give back exactly what this call has set.
-                self.claims[word].fetch_and(!(mask & !before), Ordering::Release);
-                self.release(units.start..taken);
-                return None;
-            }
-            taken = (word as u64 + 1) * 64;
-        }
-        Some(Span { memory: Arc::clone(self), offset, bytes })
-    }
-
-    fn release(&self, units: std::ops::Range<u64>) {
-        for (word, mask) in masks(units) {
-            self.claims[word].fetch_and(!mask, Ordering::Release);
-        }
+        self.claims.take(units).then(|| Span { memory: Arc::clone(self), offset, bytes })
     }
 
     /// Makes the memory immutable for everyone but this mapping, and gives back what may be shared.
@@ -160,13 +175,17 @@ impl Memory {
 
     /// Gives the tail from `bytes` on back to the kernel. `bytes` is a positive multiple of [`HUGE_PAGE_BYTES`].
     ///
-    /// Takes the memory by value: no span can be left that reaches into the tail.
+    /// Takes the memory by value: no span can be left that reaches into the tail. `InvalidInput` if there is a view of the
+    /// memory, which may reach into it.
     pub fn shrink(mut self, bytes: u64) -> io::Result<Memory> {
         if bytes == 0 || bytes > self.bytes() || !bytes.is_multiple_of(HUGE_PAGE_BYTES) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         if bytes == self.bytes() {
             return Ok(self);
+        }
+        if Arc::strong_count(&self.claims) > 1 {
+            return Err(io::ErrorKind::InvalidInput.into());
         }
         let keep = bytes as usize;
         // SAFETY: `keep` is inside the mapping (checked above).
@@ -180,6 +199,14 @@ impl Memory {
 
     pub(super) fn address(&self) -> NonNull<u8> {
         self.mapping.address
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub(super) fn claims(&self) -> &Arc<Claims> {
+        &self.claims
     }
 }
 
@@ -282,7 +309,7 @@ impl Span {
 impl Drop for Span {
     fn drop(&mut self) {
         let end = (self.offset + self.bytes).div_ceil(SPAN_ALIGN);
-        self.memory.release(self.offset / SPAN_ALIGN..end);
+        self.memory.claims.release(self.offset / SPAN_ALIGN..end);
     }
 }
 

@@ -32,6 +32,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("node", &["API", "NODE", "json"]),
     ("transfer", &["API", "NODE", "json"]),
     ("probe", &["plan", "shard", "sys"]),
+    ("peer", &["catalog", "checksum", "sys"]),
     ("tier", &["API", "catalog", "plan", "source", "sys", "checksum", "json"]),
     ("catalog", &["API", "source", "sys", "checksum", "json"]),
     ("source", &["sys", "json"]),
