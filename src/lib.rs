@@ -32,6 +32,7 @@ pub mod in_process;
 mod json;
 pub mod measure;
 pub mod node;
+pub mod peer;
 pub mod plan;
 pub mod probe;
 pub mod shard;

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use super::etcd;
 use super::flags::{self, ServeArgs};
 use super::layers::{Environment, Layers, start_of};
 use super::origin::{Given, Origin};
@@ -105,6 +106,7 @@ pub(super) fn load(
         gpu: gpu(&layers, args, raw.gpu, default.gpu)?,
         data_plane: data_plane(&layers, args, raw.data_plane, default.data_plane)?,
         limits: limits(&layers, raw.limits, default.limits)?,
+        etcd: etcd::etcd(&layers, raw.etcd, default.etcd)?,
         preload,
         ready_after_preload: truth(
             layers.file("ready_after_preload", raw.ready_after_preload),
@@ -375,7 +377,7 @@ fn device(given: &Given) -> Result<String, ConfigError> {
     if valid { Ok(given.text.clone()) } else { Err(given.invalid("host, gpu:<index> or gpu:GPU-<uuid>")) }
 }
 
-fn bounded(entries: Vec<Given>) -> Result<Vec<Given>, ConfigError> {
+pub(super) fn bounded(entries: Vec<Given>) -> Result<Vec<Given>, ConfigError> {
     match entries.get(LIST_ENTRIES_MAX) {
         Some(surplus) => Err(too_many(surplus)),
         None => Ok(entries),
@@ -390,7 +392,11 @@ fn whole_huge_pages(bytes: u64) -> u64 {
     bytes - bytes % HUGE_PAGE_BYTES
 }
 
-fn integer(given: Option<Given>, default: u64, range: RangeInclusive<u64>) -> Result<u64, ConfigError> {
+pub(super) fn integer(
+    given: Option<Given>,
+    default: u64,
+    range: RangeInclusive<u64>,
+) -> Result<u64, ConfigError> {
     given.map_or(Ok(default), |given| given.integer(&range))
 }
 

@@ -70,6 +70,7 @@ table!(RawConfig {
     gpu: RawGpu,
     data_plane: RawDataPlane,
     limits: RawLimits,
+    etcd: RawEtcd,
     preload: Option<Vec<Spanned<RawPreload>>>,
     ready_after_preload: Field,
     log: RawLog,
@@ -105,6 +106,18 @@ table!(RawLimits {
     files_max: Field,
     tensors_max: Field,
     header_bytes_max: Field,
+});
+
+table!(RawEtcd {
+    endpoints: Field<Vec<Scalar>>,
+    prefix: Field,
+    ca: Field,
+    certificate: Field,
+    key: Field,
+    user: Field,
+    password_file: Field,
+    ttl_s: Field,
+    timeout_ms: Field,
 });
 
 table!(RawPreload { source: Field, device: Field, priority: Field, pin: Field });

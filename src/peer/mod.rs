@@ -1,0 +1,3 @@
+//! Other nodes: who has which artifact.
+
+pub mod directory;
