@@ -171,6 +171,15 @@ codes! {
     DeviceUnavailable = "device.unavailable", Unavailable, false;
     IdentityCannotActAs = "identity.cannot_act_as", Denied, false;
     IdentityUnknown = "identity.unknown", Denied, false;
+    DirectoryBadAddress = "directory.bad_address", Usage, false;
+    DirectoryBadAnswer = "directory.bad_answer", Unavailable, true;
+    DirectoryBadDigest = "directory.bad_digest", Usage, false;
+    DirectoryCredentials = "directory.credentials", Usage, false;
+    DirectoryDenied = "directory.denied", Denied, false;
+    DirectoryLeaseLost = "directory.lease_lost", Unavailable, true;
+    DirectoryTimeout = "directory.timeout", Unavailable, true;
+    DirectoryTooMany = "directory.too_many", Limit, true;
+    DirectoryUnreachable = "directory.unreachable", Unavailable, true;
     Internal = "internal", Internal, false;
     JobNotFound = "job.not_found", NotFound, false;
     JobCancelled = "job.cancelled", Cancelled, true;
@@ -200,6 +209,8 @@ codes! {
     PlanTooManyReads = "plan.too_many_reads", Limit, false;
     SelectNoMatch = "select.no_match", NotFound, false;
     SelectTooMany = "select.too_many", Limit, false;
+    ApiForbidden = "api.forbidden", Denied, false;
+    PeerNobody = "peer.nobody", NotFound, true;
     SourceUriInvalid = "source.uri_invalid", Usage, false;
     SourceSchemeUnsupported = "source.scheme_unsupported", Usage, false;
     SourceFdsInvalid = "source.fds_invalid", Usage, false;

@@ -4,6 +4,7 @@
 //! refuses any other spelling. It is data only, and what is read is checked as strictly as the files' own headers.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -127,11 +128,38 @@ fn digest_of(bytes: &[u8]) -> String {
     format!("sha256:{}", hex(&Sha256::digest(bytes)))
 }
 
-/// `text` if it is a digest: `sha256:` and 64 hexadecimal digits in lower case.
-pub fn checked_digest(text: &str) -> Option<String> {
-    let digits = text.strip_prefix("sha256:")?;
-    let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
-    (digits.len() == 64 && digits.bytes().all(digit)).then(|| text.to_owned())
+/// What a manifest's digest starts with in its written form.
+const DIGEST_PREFIX: &str = "sha256:";
+
+/// The digest of a manifest: its SHA-256.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Digest(pub [u8; 32]);
+
+impl Digest {
+    /// Reads `sha256:` and 64 hexadecimal digits in lower case, the form in which manifests have it.
+    pub fn parse(text: &str) -> Option<Digest> {
+        let digits = text.strip_prefix(DIGEST_PREFIX)?.as_bytes();
+        let mut digest = [0; 32];
+        if digits.len() != 2 * digest.len() {
+            return None;
+        }
+        let value = |digit: u8| match digit {
+            b'0'..=b'9' => Some(digit - b'0'),
+            b'a'..=b'f' => Some(digit - b'a' + 10),
+            _ => None,
+        };
+        for (byte, pair) in digest.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = value(pair[0])? << 4 | value(pair[1])?;
+        }
+        Some(Digest(digest))
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(DIGEST_PREFIX)?;
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
 }
 
 /// In hexadecimal digits.

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use super::etcd;
 use super::flags::{self, ServeArgs};
 use super::layers::{Environment, Layers, start_of};
 use super::origin::{Given, Origin};
@@ -107,6 +108,7 @@ pub(super) fn load(
         data_plane: data_plane(&layers, args, raw.data_plane, default.data_plane)?,
         peer: peer(&layers, raw.peer, default.peer)?,
         limits: limits(&layers, raw.limits, default.limits)?,
+        etcd: etcd::etcd(&layers, raw.etcd, default.etcd)?,
         preload,
         ready_after_preload: truth(
             layers.file("ready_after_preload", raw.ready_after_preload),
@@ -415,7 +417,7 @@ fn bytes(given: Option<Given>, default: u64, range: RangeInclusive<u64>) -> Resu
     given.map_or(Ok(default), |given| given.size(&range))
 }
 
-fn truth(given: Option<Given>, default: bool) -> Result<bool, ConfigError> {
+pub(super) fn truth(given: Option<Given>, default: bool) -> Result<bool, ConfigError> {
     given.map_or(Ok(default), |given| given.truth())
 }
 

@@ -3,6 +3,7 @@
 //! This is the only module that reads the environment. Everything below it receives values.
 
 mod check;
+mod etcd;
 pub mod flags;
 mod layers;
 pub mod level;
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize, Serializer};
 use thiserror::Error;
 
+pub use etcd::Etcd;
 pub use flags::ServeArgs;
 pub use origin::Origin;
 pub use peer::Peer;
@@ -59,6 +61,8 @@ pub struct Config {
     pub peer: Peer,
     /// Limits on what comes from outside.
     pub limits: Limits,
+    /// The directory in etcd.
+    pub etcd: Etcd,
     /// Artifacts made resident at start, highest priority first.
     pub preload: Vec<Preload>,
     /// `/ready` answers 503 until the preload list is resident.
@@ -374,6 +378,7 @@ impl Default for Config {
                 tensors_max: 1 << 20,
                 header_bytes_max: 100 * 1000 * 1000,
             },
+            etcd: Etcd::default(),
             preload: Vec::new(),
             ready_after_preload: false,
             log: Log { format: LogFormat::Text, level: "info".to_owned() },

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::ConfigError;
-use super::check::{bounded, count, integer};
+use super::check::{bounded, count, integer, truth};
 use super::layers::Layers;
 use super::origin::{Given, Origin};
 use super::raw::RawPeer;
@@ -21,6 +21,8 @@ const HOST_BYTES_MAX: usize = 253;
 pub struct Peer {
     /// Where peers are served. Absent: nobody is.
     pub listen: Option<SocketAddr>,
+    /// Where others reach this node, `host:port`: what the directory in etcd says, and how it knows itself in `peers`.
+    pub advertise: Option<String>,
     /// PEM file with this node's certificate and its intermediates, leaf first.
     pub certificate: Option<PathBuf>,
     /// PEM file with the key of the certificate.
@@ -45,6 +47,8 @@ pub struct Peer {
     pub chunk_timeout_ms: u64,
     /// Requests in flight on a connection.
     pub window: u32,
+    /// Whether files whose manifest is known are taken from peers that have them; what those do not give is read.
+    pub prefer: bool,
     /// Users, by number, that may load by digest beside the daemon's own.
     pub tenants: Vec<u32>,
 }
@@ -53,6 +57,7 @@ impl Default for Peer {
     fn default() -> Peer {
         Peer {
             listen: None,
+            advertise: None,
             certificate: None,
             key: None,
             ca: None,
@@ -65,6 +70,7 @@ impl Default for Peer {
             idle_timeout_ms: 30_000,
             chunk_timeout_ms: 5_000,
             window: 8,
+            prefer: false,
             tenants: Vec::new(),
         }
     }
@@ -94,6 +100,7 @@ pub(super) fn peer(layers: &Layers<'_>, raw: RawPeer, default: Peer) -> Result<P
     });
     Ok(Peer {
         listen: listen.transpose()?,
+        advertise: layers.file("peer.advertise", raw.advertise).as_ref().map(address).transpose()?,
         certificate,
         key,
         ca,
@@ -126,6 +133,7 @@ pub(super) fn peer(layers: &Layers<'_>, raw: RawPeer, default: Peer) -> Result<P
             100..=600_000,
         )?,
         window: count(layers.file("peer.window", raw.window), default.window, 1..=256)?,
+        prefer: truth(layers.file("peer.prefer", raw.prefer), default.prefer)?,
         tenants: tenants.collect::<Result<_, _>>()?,
     })
 }

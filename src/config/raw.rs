@@ -71,6 +71,7 @@ table!(RawConfig {
     data_plane: RawDataPlane,
     peer: RawPeer,
     limits: RawLimits,
+    etcd: RawEtcd,
     preload: Option<Vec<Spanned<RawPreload>>>,
     ready_after_preload: Field,
     log: RawLog,
@@ -110,6 +111,7 @@ table!(RawLimits {
 
 table!(RawPeer {
     listen: Field,
+    advertise: Field,
     certificate: Field,
     key: Field,
     ca: Field,
@@ -122,7 +124,20 @@ table!(RawPeer {
     idle_timeout_ms: Field,
     chunk_timeout_ms: Field,
     window: Field,
+    prefer: Field,
     tenants: Field<Vec<Scalar>>,
+});
+
+table!(RawEtcd {
+    endpoints: Field<Vec<Scalar>>,
+    prefix: Field,
+    ca: Field,
+    certificate: Field,
+    key: Field,
+    user: Field,
+    password_file: Field,
+    ttl_s: Field,
+    timeout_ms: Field,
 });
 
 table!(RawPreload { source: Field, device: Field, priority: Field, pin: Field });

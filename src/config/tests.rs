@@ -23,7 +23,7 @@ fn with(args: &ServeArgs, environment: &[(&str, &str)]) -> Result<Config, Config
 }
 
 /// Loads a file with this text. The directory is removed afterwards.
-fn file(text: &str, args: ServeArgs, environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
+pub(super) fn file(text: &str, args: ServeArgs, environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("lodestream.toml");
     std::fs::write(&path, text).unwrap();
@@ -31,7 +31,7 @@ fn file(text: &str, args: ServeArgs, environment: &[(&str, &str)]) -> Result<Con
 }
 
 /// The message of the error that this file gives.
-fn refused(text: &str) -> String {
+pub(super) fn refused(text: &str) -> String {
     match file(text, ServeArgs::default(), &[]) {
         Ok(_) => panic!("accepted: {text}"),
         Err(error) => {
@@ -427,6 +427,14 @@ fn the_document_has_every_key_with_its_default_flag_variable_and_reload() {
             key: Some("/k".into()),
             ca: Some("/a".into()),
             ..Peer::default()
+        },
+        etcd: Etcd {
+            ca: Some("/ca".into()),
+            certificate: Some("/c".into()),
+            key: Some("/k".into()),
+            user: Some("u".to_owned()),
+            password_file: Some("/p".into()),
+            ..Etcd::default()
         },
         ..Config::default()
     })

@@ -8,6 +8,7 @@ use crate::config::Preload;
 use crate::error::{Error, Result};
 use crate::json::shown;
 use crate::node::Node;
+use crate::source::Opened;
 use crate::sys::identity::Tenant;
 use crate::telemetry::readiness::State;
 use crate::transfer::{self, Claim, Name, Target, Wanted};
@@ -63,8 +64,8 @@ async fn load(node: &Rc<Node>, entry: &Preload) -> Result<()> {
     let (roots, limits, uri) = (Arc::clone(&node.roots), node.config().limits.clone(), entry.source.clone());
     let tenant = Tenant { uid: node.own_uid, gid: rustix::process::getegid().as_raw(), groups: Vec::new() };
     let uid = tenant.uid;
-    let opened = match uri.strip_prefix(PEER_SCHEME) {
-        Some(digest) => Opened::Digest(manifest::checked_digest(digest).ok_or_else(|| not_a_digest(digest))?),
+    let opened = match transfer::digest(&uri) {
+        Some(digest) => Opened::Digest(digest?.to_string()),
         None => {
             let files = transfer::blocking(move || roots.open_artifact(&uri, &tenant, &limits)).await?;
             Opened::Files(files)

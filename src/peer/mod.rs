@@ -7,8 +7,11 @@
 //! what arrives is put, is decided elsewhere.
 
 pub mod client;
+pub mod directory;
+pub mod fetch;
 pub mod frame;
 pub mod offer;
+pub mod offered;
 pub mod protocol;
 pub mod server;
 mod stream;
@@ -88,6 +91,9 @@ pub enum Error {
     /// This daemon used a session against its order.
     #[error("a session with a peer was misused: {0}")]
     Misused(&'static str),
+    /// There is no memory for what comes.
+    #[error("there is no memory for what comes from a peer: {0}")]
+    Memory(io::Error),
     /// An offer whose parts do not fit together.
     #[error("an artifact cannot be offered to peers: {0}")]
     Offer(io::Error),
@@ -114,6 +120,7 @@ impl Error {
             Error::Refused(Refusal::BadRequest) => Code::PeerBadRequest,
             Error::Manifest(_) | Error::Digest(_) => Code::PeerManifestMismatch,
             Error::Chunk { .. } => Code::PeerChunkMismatch,
+            Error::Memory(_) => Code::TierHostOutOfMemory,
             Error::Misused(_) | Error::Offer(_) => Code::Internal,
         }
     }
@@ -123,6 +130,12 @@ impl From<Error> for crate::Error {
     fn from(error: Error) -> Self {
         crate::Error::new(error.code(), error.to_string())
     }
+}
+
+/// The error for what no peer has, as far as this node knows of any.
+pub fn nobody() -> crate::Error {
+    let message = "no peer that this node knows of has it: see peer.peers, or load it on one of them first";
+    crate::Error::new(Code::PeerNobody, message)
 }
 
 /// Result of what peers do.

@@ -310,6 +310,11 @@ impl Offers {
         before.inspect(|offer| offer.withdraw())
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        lock(&self.0).len()
+    }
+
     /// What is offered under this digest.
     pub fn get(&self, digest: &Digest) -> Option<Arc<Offer>> {
         lock(&self.0).get(digest).cloned()

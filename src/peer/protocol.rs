@@ -3,7 +3,7 @@
 //! The client sends [`Hello`], the server answers with its own; then the client sends [`Request`]s, and the server answers
 //! them in order with [`Reply`]s. `docs/peers.md` has the form of each.
 
-use std::fmt;
+pub use crate::catalog::manifest::Digest;
 
 use super::frame::{self, BODY_BYTES_MAX, Fields, Malformed};
 
@@ -19,40 +19,6 @@ pub const MANIFEST_PART_BYTES: usize = 32 << 10;
 pub const CHUNKS_PER_REQUEST_MAX: u16 = 64;
 /// Artifacts that one connection may have open.
 pub const HANDLES_MAX: usize = 64;
-
-/// What a manifest's digest starts with in its written form.
-const DIGEST_PREFIX: &str = "sha256:";
-
-/// The digest of a manifest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Digest(pub [u8; 32]);
-
-impl Digest {
-    /// Reads `sha256:` and 64 hexadecimal digits in lower case, the form in which manifests have it.
-    pub fn parse(text: &str) -> Option<Digest> {
-        let digits = text.strip_prefix(DIGEST_PREFIX)?.as_bytes();
-        let mut digest = [0; 32];
-        if digits.len() != 2 * digest.len() {
-            return None;
-        }
-        let value = |digit: u8| match digit {
-            b'0'..=b'9' => Some(digit - b'0'),
-            b'a'..=b'f' => Some(digit - b'a' + 10),
-            _ => None,
-        };
-        for (byte, pair) in digest.iter_mut().zip(digits.chunks_exact(2)) {
-            *byte = value(pair[0])? << 4 | value(pair[1])?;
-        }
-        Some(Digest(digest))
-    }
-}
-
-impl fmt::Display for Digest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(DIGEST_PREFIX)?;
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
 
 /// Where a node stands among those that load one artifact. A total order: only who is lower is waited for, so that nobody
 /// waits in a circle.

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use super::{FILE_BYTES_MIN, Mode, Report, Settings};
 use crate::plan::{self, BLOCK_ALIGN, Direct, Layout};
 use crate::shard::{
-    Assignment, Batch, BatchFile, DeviceRegion, DirectShare, DirectThreads, Landing, Options, Progress,
+    Assignment, Batch, BatchFile, Handles, DeviceRegion, DirectShare, DirectThreads, Landing, Options, Progress,
     ReaderKind, Regions, Shard,
 };
 use crate::sys::cuda::{self, Context, DeviceMemory, Found};
@@ -174,14 +174,16 @@ impl Bench {
         let plan = plan.ok_or("the reads cannot be counted")?;
         let file = BatchFile {
             name: "the file".to_owned(),
-            file: Arc::clone(&self.file),
-            direct: Some(Arc::clone(&self.file)),
             bytes: self.bytes,
-            landing: Landing::Slot,
             expected: None,
         };
+        let handles = Handles {
+            file: Arc::clone(&self.file),
+            direct: Some(Arc::clone(&self.file)),
+            landing: Landing::Slot,
+        };
         let regions = Regions::Devices(vec![DeviceRegion { device: 0, memory: Arc::clone(&self.memory) }]);
-        Ok(Batch::new(plan, vec![file], regions, Arc::new(Progress::default())))
+        Ok(Batch::new(plan, (vec![file], vec![handles]), regions, Arc::new(Progress::default())))
     }
 
     fn staged(&self, sum: &mut Sum) -> Result<(), String> {

@@ -24,7 +24,7 @@ pub use direct::DirectPath;
 pub use gate::{Entered, HeaderGate};
 pub use job::{Interest, Job, JobId};
 pub use load::blocking;
-pub use peers::Peers;
+pub use peers::{Peers, digest};
 
 use crate::api::methods::Selector;
 use crate::catalog::store::Store;

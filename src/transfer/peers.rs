@@ -11,7 +11,8 @@ use super::load::{Prepared, blocking};
 use crate::api::methods::{DirectoryStatus, PeerStatus, PeersReply};
 use crate::catalog::manifest::Manifest;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
+use crate::json::shown;
 use crate::peer::client::{Dialer, Session};
 use crate::peer::directory::{Address, Directory};
 use crate::peer::fetch::{Chosen, Fetch};
@@ -30,6 +31,21 @@ const CANDIDATES_MAX: usize = 64;
 const ACTIVE_MAX: usize = 4;
 /// Peers whose counts are kept.
 const KNOWN_MAX: usize = 4096;
+
+/// What a URI begins with that names an artifact by its digest.
+const SCHEME: &str = "peer://";
+
+/// The digest that `peer://sha256:…` names; `None` for any other URI.
+///
+/// # Errors
+/// `source.uri_invalid`.
+pub fn digest(uri: &str) -> Option<Result<Digest>> {
+    let text = uri.strip_prefix(SCHEME)?;
+    Some(Digest::parse(text).ok_or_else(|| {
+        let message = format!("'{}' is no digest: write peer://sha256: and 64 digits", shown(uri));
+        Error::new(Code::SourceUriInvalid, message)
+    }))
+}
 
 /// The way to and from peers. Belongs to the control thread.
 #[derive(Debug)]

@@ -31,6 +31,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("api", &["node", "topology", "transfer", "tier", "catalog", "source", "sys", "json"]),
     ("node", &["API", "NODE", "json"]),
     ("transfer", &["API", "NODE", "json"]),
+    ("peer::directory", &["json"]),
     ("probe", &["plan", "shard", "sys"]),
     ("peer", &["catalog", "checksum", "sys"]),
     ("tier", &["API", "catalog", "plan", "source", "sys", "checksum", "json"]),

@@ -12,25 +12,22 @@ use crate::api::methods::{
     ArtifactInfo, ArtifactReply, ArtifactRequest, AttachRequest, FileInfo, ResolveReply, ResolveRequest,
     Source, TensorInfo,
 };
-use crate::catalog::{self, manifest};
+use crate::catalog;
 use crate::error::{Code, Error, Result};
 use crate::json::shown;
-use crate::source::Opened;
-use crate::source::file;
+use crate::source::{Opened, file};
 use crate::tier::DeviceId;
 use crate::tier::residency::{Content, Entry, EntryId, Form, Hold, Key, Region, Residency, State};
 use crate::transfer::{self, Claim, Name, Target, Wanted};
-
-/// What a source begins with that names an artifact by its digest.
-const PEER_SCHEME: &str = "peer://";
 
 impl Connection {
     /// Opens a source with the client's own rights (invariant 7). Gives it and what to call it.
     async fn open(&self, source: Source, fds: Vec<OwnedFd>) -> Result<(Opened, String)> {
         if let Source::Uri(uri) = &source
-            && let Some(digest) = uri.strip_prefix(PEER_SCHEME)
+            && let Some(digest) = transfer::digest(uri)
         {
-            return Ok((Opened::Digest(self.by_digest(digest)?), shown(uri)));
+            self.may_load_by_digest()?;
+            return Ok((Opened::Digest(digest?.to_string()), shown(uri)));
         }
         let (roots, tenant, limits) =
             (Arc::clone(&self.node.roots), self.tenant.clone(), self.limits.clone());
@@ -49,8 +46,8 @@ impl Connection {
         .await
     }
 
-    /// A digest by which this client may load from peers: there are no files whose rights could decide.
-    fn by_digest(&self, digest: &str) -> Result<String> {
+    /// What comes from peers has no files whose rights could decide.
+    fn may_load_by_digest(&self) -> Result<()> {
         let config = self.node.config();
         let uid = self.tenant.uid;
         if uid != self.node.own_uid && !config.peer.tenants.contains(&uid) {
@@ -60,10 +57,7 @@ impl Connection {
             );
             return Err(Error::new(Code::ApiForbidden, message));
         }
-        manifest::checked_digest(digest).ok_or_else(|| {
-            let message = format!("'{}' is no digest: write peer://sha256: and 64 digits", shown(digest));
-            Error::new(Code::SourceUriInvalid, message)
-        })
+        Ok(())
     }
 
     /// Opens a source and says what is wanted of it.
@@ -282,7 +276,7 @@ pub(super) fn info(residency: &Residency, entry: &Entry) -> ArtifactInfo {
 /// The path that a source names, in full.
 fn origin(source: &Source) -> Option<String> {
     match source {
-        Source::Uri(uri) if uri.starts_with(PEER_SCHEME) => None,
+        Source::Uri(uri) if transfer::digest(uri).is_some() => None,
         Source::Uri(uri) => Some(uri.strip_prefix("file://").unwrap_or(uri).to_owned()),
         Source::Fds(_) => None,
     }
