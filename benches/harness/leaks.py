@@ -25,7 +25,7 @@ class Watched:
 
 DAEMON = (
     Watched("daemon_own_bytes", "memory without regions, MiB", 4 * MIB, MIB),
-    Watched("daemon_fds", "descriptors", 4),
+    Watched("daemon_fds", "descriptors", 8),
     # Threads for blocking file work come with the requests and go when they are idle.
     Watched("daemon_threads", "threads", 4),
     Watched("connections", "connections", 4),
