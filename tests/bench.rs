@@ -43,12 +43,15 @@ fn load_is_cold_each_time_and_compared_with_the_reference_of_its_round() {
     let mut daemon = Daemon::start(root.path());
     let html = root.path().join("report.html");
     let path = model.path.to_str().unwrap();
-    let arguments = ["load", path, "--rounds", "2", "--json", "--html", html.to_str().unwrap()];
+    let arguments =
+        ["load", path, "--rounds", "2", "--hold", "5MiB", "--json", "--html", html.to_str().unwrap()];
     let report = report(&bench(&daemon.socket, &arguments));
     let figures = &report["figures"];
     let contestants: Vec<&str> = list(&figures["contestants"]).iter().map(text).collect();
     assert_eq!(contestants.last(), Some(&"load"));
     assert_rounds(&figures["bytes_per_s"], 2, contestants.len());
+    assert_eq!(number(&figures["held_bytes"]), 4 * MIB, "whole huge pages");
+    assert!(list(&report["notes"]).iter().any(|note| text(note).contains("equally warm")));
     // Every byte of both loads was read anew, past the page cache if the file system can.
     let read: u64 = figures["path"].as_object().unwrap().values().map(number).sum();
     assert_eq!(read, 2 * number(&figures["bytes"]));

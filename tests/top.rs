@@ -6,6 +6,8 @@ mod common;
 use std::fs::File;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,8 +16,9 @@ use common::model::Model;
 use common::wire::{list, number, text};
 use common::{directory, root_or_skip, tenant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::termios::{Action, LocalModes, Winsize, tcflow, tcgetattr, tcsetwinsize};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -23,6 +26,12 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 
 fn at_least_one(cells: u16) -> NonZeroU16 {
     NonZeroU16::new(cells).unwrap()
+}
+
+/// The end of a terminal that programs have.
+fn inner_end(terminal: &OwnedFd) -> File {
+    let path = ptsname(terminal, Vec::new()).unwrap();
+    File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path.to_str().unwrap()).unwrap()
 }
 
 /// A terminal with `lodestream top` in it.
@@ -37,11 +46,7 @@ impl Screen {
         let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&terminal).unwrap();
         unlockpt(&terminal).unwrap();
-        let inner = File::options()
-            .read(true)
-            .write(true)
-            .open(ptsname(&terminal, Vec::new()).unwrap().to_str().unwrap())
-            .unwrap();
+        let inner = inner_end(&terminal);
         // A session of its own with this as its terminal, so that a new size is signalled.
         let mut command = Command::new("setsid");
         command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_lodestream"), "--socket"]).arg(&daemon.socket);
@@ -102,9 +107,20 @@ impl Screen {
         assert_eq!(rustix::io::write(&self.terminal, keys).unwrap(), keys.len());
     }
 
-    fn ended(mut self) -> ExitStatus {
+    /// Takes in what is drawn until the process has ended.
+    fn ended(&mut self) -> ExitStatus {
         while self.read() {}
         self.child.wait().unwrap()
+    }
+
+    fn send(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Whether the terminal echoes and gives lines: what a shell finds, or has to repair.
+    fn is_cooked(&self) -> bool {
+        let modes = tcgetattr(&self.terminal).unwrap().local_modes;
+        modes.contains(LocalModes::ECHO | LocalModes::ICANON | LocalModes::ISIG)
     }
 }
 
@@ -144,6 +160,48 @@ fn top_shows_a_real_daemon_in_a_real_terminal_and_outlives_it() {
     screen.until("the new daemon", |shown| shown.contains("artifacts: 0") && !shown.contains("cannot reach"));
     screen.keys(b"q");
     assert!(screen.ended().success());
+    assert!(screen.is_cooked());
+}
+
+#[test]
+fn a_signal_ends_it_and_the_terminal_is_as_it_was() {
+    let root = directory();
+    let daemon = Daemon::start(root.path());
+    for signal in [Signal::TERM, Signal::HUP, Signal::INT, Signal::QUIT] {
+        let mut screen = Screen::start(&daemon, 100, 24);
+        screen.until("the lists", |shown| shown.contains("artifacts: 0"));
+        assert!(!screen.is_cooked() && screen.parser.screen().alternate_screen());
+        // Hidden after the frame that was waited for.
+        while !screen.parser.screen().hide_cursor() {
+            assert!(screen.read(), "{signal:?}: it ended by itself");
+        }
+        screen.send(signal);
+        assert!(screen.ended().success(), "{signal:?}");
+        assert!(screen.is_cooked(), "{signal:?} leaves the terminal raw");
+        assert!(
+            !screen.parser.screen().alternate_screen() && !screen.parser.screen().hide_cursor(),
+            "{signal:?}"
+        );
+    }
+}
+
+#[test]
+fn a_terminal_that_takes_nothing_or_is_gone_keeps_no_process() {
+    let root = directory();
+    let daemon = Daemon::start(root.path());
+    let mut screen = Screen::start(&daemon, 100, 24);
+    screen.until("the lists", |shown| shown.contains("artifacts: 0"));
+    tcflow(inner_end(&screen.terminal), Action::OOff).unwrap();
+    screen.send(Signal::TERM);
+    assert_eq!(screen.child.wait().unwrap().code(), Some(1));
+    assert!(screen.is_cooked());
+
+    let mut screen = Screen::start(&daemon, 100, 24);
+    screen.until("the lists", |shown| shown.contains("artifacts: 0"));
+    // Nobody has the other end any more.
+    screen.terminal = File::open("/dev/null").unwrap().into();
+    // By SIGHUP or by the error of a write, whichever it sees first; not by a panic.
+    assert_eq!(screen.child.wait().unwrap().signal(), None);
 }
 
 fn top(daemon: &Daemon, arguments: &[&str]) -> Vec<u8> {

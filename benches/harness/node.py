@@ -82,21 +82,9 @@ class Node:
         # Below /tmp whatever the work directory is: the path of a Unix socket has 107 bytes at most.
         self.directory = tempfile.TemporaryDirectory(prefix="lodestream-")
         base = pathlib.Path(self.directory.name)
-        self.socket, self.log = base / "socket", base / "log"
-        command = [self.binary, "serve", "--socket", self.socket, "--state-dir", base / "state"]
-        for root in self.roots:
-            command += ["--root", root]
-        if self.metrics:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.metrics_address = f"127.0.0.1:{free.getsockname()[1]}"
-            command += ["--metrics-listen", self.metrics_address]
+        self.socket, self.log, self.state = base / "socket", base / "log", base / "state"
         try:
-            with open(self.log, "wb") as log:
-                self.process = subprocess.Popen([*map(str, command), *self.flags], stdin=subprocess.DEVNULL,
-                                                stdout=log, stderr=log)
-            self.watch = os.pidfd_open(self.process.pid)
-            self.until(lambda status: status["state"] == "ready", "readiness", START_SECONDS_MAX)
+            self.start()
         except BaseException:
             self.__exit__()
             raise
@@ -104,16 +92,38 @@ class Node:
 
     def __exit__(self, *_):
         if self.process is not None:
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-                try:
-                    self.process.wait(STOP_SECONDS_MAX)
-                except subprocess.TimeoutExpired:
-                    self.process.kill()
-                    self.process.wait()
-            with contextlib.suppress(AttributeError, OSError):
-                os.close(self.watch)
+            self.stop()
         self.directory.cleanup()
+
+    def start(self):
+        """Starts it, for the first time or again with the same socket, and waits until it is ready."""
+        command = [self.binary, "serve", "--socket", self.socket, "--state-dir", self.state]
+        for root in self.roots:
+            command += ["--root", root]
+        if self.metrics:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.metrics_address = f"127.0.0.1:{free.getsockname()[1]}"
+            command += ["--metrics-listen", self.metrics_address]
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen([*map(str, command), *self.flags], stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=log)
+        self.watch = os.pidfd_open(self.process.pid)
+        self.until(lambda status: status["state"] == "ready", "readiness", START_SECONDS_MAX)
+
+    def stop(self, number=signal.SIGTERM):
+        """Ends it with a signal, and with SIGKILL if that takes too long; → its exit status as subprocess gives it."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(STOP_SECONDS_MAX)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.watch)
+            del self.watch
+        return self.process.returncode
 
     def kill(self):
         """SIGKILL: nothing is drained."""
@@ -175,11 +185,14 @@ class Node:
                 total += int(value.split()[0]) << 10
         return total
 
+    def metrics_page(self):
+        """The text of the metrics page."""
+        return urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10).read().decode()
+
     def shard_seconds(self):
         """{phase: seconds} of the data-plane threads so far, from the metrics page."""
-        text = urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10).read().decode()
         phases = {}
-        for line in text.splitlines():
+        for line in self.metrics_page().splitlines():
             if line.startswith("lodestream_shard_seconds_total{"):
                 labels, _, value = line.rpartition(" ")
                 phase = labels.split('phase="')[1].split('"')[0]

@@ -23,6 +23,7 @@ def torch_bytes(tensor):
 
 
 def safetensors_mmap(paths, kept):
+    import torch  # noqa: F401  safetensors imports it with the first file: that is not loading
     from safetensors import safe_open
 
     def load():
@@ -34,6 +35,7 @@ def safetensors_mmap(paths, kept):
 
 
 def safetensors_pread(paths, kept):
+    import torch  # noqa: F401  safetensors imports it with the first file: that is not loading
     from safetensors import safe_open
 
     def load():

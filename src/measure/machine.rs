@@ -13,7 +13,7 @@ pub fn describe(topology: &Topology, path: Option<&Path>) -> Vec<(String, String
     let (all, free) = pages::huge_pages();
     let mut facts = vec![
         ("processor", format!("{}, {cpus} CPUs", line_of("/proc/cpuinfo", "model name").unwrap_or_default())),
-        ("memory", format!("{:.0} GiB", memory_bytes() as f64 / (1u64 << 30) as f64)),
+        ("memory", format!("{:.0} GiB", memory_bytes("MemTotal") as f64 / (1u64 << 30) as f64)),
         ("NUMA nodes", topology.numa_nodes.len().max(1).to_string()),
         ("kernel", kernel()),
         ("2 MiB pages", format!("{all} reserved, {free} free")),
@@ -33,10 +33,31 @@ fn line_of(path: &str, label: &str) -> Option<String> {
     Some(line.trim_start().strip_prefix(':')?.trim().to_owned())
 }
 
-fn memory_bytes() -> u64 {
-    let line = line_of("/proc/meminfo", "MemTotal").unwrap_or_default();
+/// A field of /proc/meminfo, bytes; 0 if it is not there.
+fn memory_bytes(field: &str) -> u64 {
+    let line = line_of("/proc/meminfo", field).unwrap_or_default();
     let kib: u64 = line.split_whitespace().next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
     kib.saturating_mul(1024)
+}
+
+/// Memory that this process can take without pushing anything out, bytes: of the machine, and of what control groups allow.
+pub fn free_bytes() -> u64 {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let left = |group: &Path| -> Option<u64> {
+        let read = |name: &str| -> Option<u64> {
+            let path = Path::new("/sys/fs/cgroup").join(group).join(name);
+            // `max`, which is no number: no limit.
+            fs::read_to_string(path).ok()?.trim().parse().ok()
+        };
+        Some(read("memory.max")?.saturating_sub(read("memory.current")?))
+    };
+    Path::new(group).ancestors().filter_map(left).fold(memory_bytes("MemAvailable"), u64::min)
+}
+
+/// Whether a hypervisor runs this machine.
+pub fn is_virtual() -> bool {
+    line_of("/proc/cpuinfo", "flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor"))
 }
 
 fn kernel() -> String {
@@ -82,6 +103,13 @@ fn drive(topology: &Topology, path: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn free_memory_is_some_of_all() {
+        assert!(free_bytes() > 0);
+        assert!(free_bytes() <= memory_bytes("MemTotal"));
+        assert_eq!(memory_bytes("Absent"), 0);
+    }
 
     #[test]
     fn a_machine_is_described_without_its_names() {

@@ -18,3 +18,4 @@ pub mod pages;
 pub mod peer;
 pub mod uring;
 pub mod view;
+pub mod warm;

@@ -18,7 +18,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     ("cli::serve", &["daemon", "cli"]),
     ("cli::doctor", &["cli", "topology", "measure", "probe", "staging", "sys"]),
-    ("cli::bench", &["cli", "client", "API", "topology", "measure", "sys::page_cache"]),
+    (
+        "cli::bench",
+        &["cli", "client", "API", "topology", "measure", "sys::mem", "sys::page_cache", "sys::warm"],
+    ),
     ("cli", &["client", "API", "topology", "probe"]),
     ("client", &["API", "sys::cuda", "sys::map", "sys::peer", "topology"]),
     ("in_process", &["API", "client", "daemon"]),

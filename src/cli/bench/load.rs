@@ -13,12 +13,15 @@ use super::plot::{Bar, Plot};
 use super::report::{Report, Table, VERSION, gib, spread};
 use crate::cli::Context;
 use crate::cli::doctor::read::unreadable;
-use crate::cli::output::{Column, bytes};
+use crate::cli::output::{self, Column, bytes};
+use crate::config::size;
 use crate::error::{Code, Error, Result};
 use crate::measure::Run;
 use crate::measure::drive::{DriveError, Setting, Target, best};
 use crate::measure::machine;
 use crate::measure::rounds::{Rounds, Summary};
+use crate::sys::mem::HUGE_PAGE_BYTES;
+use crate::sys::warm::Warm;
 use crate::topology::Topology;
 
 const MIB: u64 = 1 << 20;
@@ -27,6 +30,8 @@ const BLOCKS: [u64; 2] = [MIB, 4 * MIB];
 const DEPTHS: [u32; 3] = [4, 8, 16];
 /// How long one setting of the own reader is tried.
 const TRIAL_TIME: Duration = Duration::from_millis(500);
+/// Memory that is left alone when memory is made warm.
+const SPARE_BYTES: u64 = 2 << 30;
 /// As long as it takes.
 const WHOLE: Duration = Duration::from_secs(3600);
 
@@ -42,6 +47,33 @@ pub(super) struct Args {
     /// Rounds; each contestant runs once in each
     #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
+
+    /// Memory to touch and give back just before each run, so that all find it as warm; 0: none [default: twice the artifact on a
+    /// virtual machine, none on others; never more than is free, less 2 GiB]
+    #[arg(long, value_name = "SIZE", value_parser = hold)]
+    hold: Option<u64>,
+}
+
+fn hold(text: &str) -> Result<u64, String> {
+    size::parse(text).ok_or_else(|| size::ALLOWED.to_owned())
+}
+
+/// What is touched before each run: whole huge pages of what was asked for or is the default, as far as memory is free.
+fn held(asked: Option<u64>, artifact: u64, free: u64, is_virtual: bool) -> u64 {
+    let default = if is_virtual { artifact.saturating_mul(2) } else { 0 };
+    let room = free.saturating_sub(SPARE_BYTES);
+    asked.unwrap_or(default).min(room) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+}
+
+/// Makes memory warm: a hypervisor takes back what has been free for seconds, and touching that costs up to seconds for each GiB.
+fn warm(bytes: u64) -> Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    Warm::new(bytes).map(drop).map_err(|error| {
+        let message = format!("{} cannot be touched before a run (--hold): {error}", output::bytes(bytes));
+        Error::new(Code::TierHostOutOfMemory, message)
+    })
 }
 
 /// Who runs in each round.
@@ -86,12 +118,14 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
     }
     contestants.push(Contestant::Load);
     let load = contestants.len() - 1;
+    let held = held(args.hold, subject.bytes, machine::free_bytes(), machine::is_virtual());
 
     let runs: RefCell<Vec<Vec<Run>>> = RefCell::new(vec![Vec::new(); contestants.len()]);
     let mut paths: BTreeMap<String, u64> = BTreeMap::new();
     let mut held_up: BTreeMap<String, u32> = BTreeMap::new();
     let rounds = Rounds::run(args.rounds, contestants.len(), |_, place| {
         subject.cool()?;
+        warm(held)?;
         let run = match &contestants[place] {
             Contestant::Fio(fio) => {
                 fio.read(&subject.files).map_err(|why| Error::new(Code::Internal, why))?
@@ -174,6 +208,14 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
              for, and the files are dropped from the page cache (posix_fadvise; a hypervisor may hold them in a cache of its own).",
             args.rounds
         ),
+        match held {
+            0 => "No memory was touched beforehand: where a hypervisor has taken back what was free, a load pays for it (--hold)."
+                .to_owned(),
+            _ => format!(
+                "Just before each run {} are touched and given back, so that all contestants find memory equally warm (--hold).",
+                bytes(held)
+            ),
+        },
         "Ratios are to the reference of the same round: absolute rates of different rounds, or of another day, say nothing.".to_owned(),
         format!(
             "The load: every byte checksummed and kept, to {}, pages {}, reader {}, {} of the ready pool wanted; {}.",
@@ -205,6 +247,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<Report> {
         figures: json!({
             "contestants": contestants.iter().map(Contestant::words).collect::<Vec<_>>(),
             "bytes": subject.bytes,
+            "held_bytes": held,
             "bytes_per_s": rounds.figures,
             "runs": runs,
             "path": paths,
@@ -251,4 +294,28 @@ fn read_all(targets: &[Target], setting: Setting) -> Result<Run> {
         all.cpu_seconds += run.cpu_seconds;
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::held;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn what_is_touched_fits_and_is_none_where_no_hypervisor_takes_memory() {
+        for (asked, artifact, free, is_virtual, expected) in [
+            (None, 4 * GIB, 20 * GIB, true, 8 * GIB),
+            (None, 4 * GIB, 20 * GIB, false, 0),
+            (None, 4 * GIB, 6 * GIB, true, 4 * GIB),
+            (None, 4 * GIB, GIB, true, 0),
+            (None, (3 << 20) + 7, 20 * GIB, true, 6 << 20),
+            (None, u64::MAX, 20 * GIB, true, 18 * GIB),
+            (Some(0), 4 * GIB, 20 * GIB, true, 0),
+            (Some(GIB), 4 * GIB, 20 * GIB, false, GIB),
+            (Some(30 * GIB), 4 * GIB, 20 * GIB, false, 18 * GIB),
+        ] {
+            assert_eq!(held(asked, artifact, free, is_virtual), expected, "{asked:?}, {artifact}, {free}");
+        }
+    }
 }

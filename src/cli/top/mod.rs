@@ -4,6 +4,7 @@
 
 mod list;
 mod model;
+mod screen;
 mod view;
 
 #[cfg(test)]
@@ -14,7 +15,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use serde_json::json;
 
@@ -22,6 +22,7 @@ use super::{Context, parse};
 use crate::client::Client;
 use crate::error::{Code, Error, Result};
 use model::{Model, Sample};
+use screen::Screen;
 use view::View;
 
 /// How long a key may wait for its answer while nothing else happens.
@@ -51,7 +52,7 @@ fn interval(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Shows the node until a key ends it; with `--once` or `--json`, one frame.
+/// Shows the node until a key or a signal ends it; with `--once` or `--json`, one frame.
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let interval = Duration::from_millis(args.interval);
     if args.once || context.output.is_json() {
@@ -65,10 +66,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         return Err(Error::new(Code::CliUsage, message));
     }
     let sampler = Sampler::start(&context.socket, interval)?;
-    // From here on a panic, too, puts the terminal back.
-    let mut terminal = ratatui::try_init().map_err(|error| terminal_error(&error))?;
-    let shown = show(&mut terminal, &sampler, interval + SILENCE);
-    ratatui::restore();
+    let mut screen = Screen::take().map_err(|error| terminal_error(&error))?;
+    let shown = show(&mut screen, &sampler, interval + SILENCE);
+    drop(screen);
     shown.map_err(|error| terminal_error(&error))
 }
 
@@ -76,10 +76,10 @@ fn terminal_error(error: &io::Error) -> Error {
     Error::new(Code::Internal, format!("the terminal cannot be used: {error}"))
 }
 
-fn show(terminal: &mut DefaultTerminal, sampler: &Sampler, silence: Duration) -> io::Result<()> {
+fn show(screen: &mut Screen, sampler: &Sampler, silence: Duration) -> io::Result<()> {
     let mut view = View::default();
     let mut heard = Instant::now();
-    loop {
+    while !screen.ends() {
         while let Ok(sample) = sampler.samples.try_recv() {
             heard = Instant::now();
             match sample {
@@ -90,7 +90,7 @@ fn show(terminal: &mut DefaultTerminal, sampler: &Sampler, silence: Duration) ->
         if heard.elapsed() > silence {
             view.away = Some(format!("the daemon has not answered for {} s", heard.elapsed().as_secs()));
         }
-        terminal.draw(|frame| view.draw(frame))?;
+        screen.draw(|frame| view.draw(frame))?;
         if event::poll(KEY_WAIT)? {
             match event::read()? {
                 Event::Key(key) if key.kind != KeyEventKind::Release && !press(&mut view, key) => {
@@ -101,6 +101,7 @@ fn show(terminal: &mut DefaultTerminal, sampler: &Sampler, silence: Duration) ->
             }
         }
     }
+    Ok(())
 }
 
 /// Does what a key is for. `false`: to leave.
