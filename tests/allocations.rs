@@ -7,7 +7,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use lodestream::plan;
-use lodestream::shard::{Assignment, Batch, BatchFile, Landing, Options, Part, ReaderKind, Regions, Shard};
+use lodestream::shard::{
+    Assignment, Batch, BatchFile, Handles, Landing, Options, Part, ReaderKind, Regions, Shard,
+};
 use lodestream::sys::mem::Memory;
 use lodestream::sys::pages::PageKind;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
@@ -22,20 +24,18 @@ const MIB: u64 = 1 << 20;
 fn allocations(shard: &Shard, path: &std::path::Path, mib: u64) -> usize {
     let bytes = mib * MIB;
     let direct = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
-    let file = BatchFile {
-        name: "model".into(),
+    let file = BatchFile { name: "model".into(), bytes, expected: None };
+    let handles = Handles {
         file: Arc::new(std::fs::File::open(path).unwrap().into()),
         direct: Some(Arc::new(direct.into())),
-        bytes,
         landing: Landing::Slot,
-        expected: None,
     };
     let layout = plan::layout(&[bytes], &[], None).unwrap();
     let plan = plan::moves(&layout, &[bytes], &[bytes], MIB).unwrap();
     assert_eq!(plan.moves.len() as u64, mib);
     let memory = Arc::new(Memory::new(bytes, PageKind::Small).unwrap());
     let parts = Regions::Host(vec![Part { memory, populated: false }]);
-    let batch = Arc::new(Batch::new(plan, vec![file], parts, Arc::default()));
+    let batch = Arc::new(Batch::new(plan, (vec![file], vec![handles]), parts, Arc::default()));
     let (home, mut back) = mpsc::channel(1);
     let moves = std::iter::once(0..mib as u32).collect();
     let assignment = Assignment { batch, moves, priority: 0, home };

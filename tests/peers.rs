@@ -77,7 +77,11 @@ fn an_artifact_comes_from_the_memory_of_a_peer() {
     assert_eq!(job["peers"][0]["bytes"], job["total"]);
     let total = number(&job["total"]) as f64;
     assert_eq!(b.metric("lodestream_read_bytes_total", &["source=\"peer\"", "path=\"tcp\""]), total);
-    assert_eq!(a.daemon.metric("lodestream_read_bytes_total", &[]), read, "nothing was read from storage again");
+    assert_eq!(
+        a.daemon.metric("lodestream_read_bytes_total", &[]),
+        read,
+        "nothing was read from storage again"
+    );
     assert_eq!(a.daemon.metric("lodestream_peer_sent_bytes_total", &[]), total);
 
     // What is resident is attached, also by its digest alone, and not brought again.
@@ -220,7 +224,8 @@ fn a_node_that_still_loads_already_serves() {
     let mut at_b = b.connect();
     let first = prefetch(&mut at_b, &a.source);
     gate.allow(16 * MIB);
-    let number_of = |daemon: &Daemon| number(&daemon.connect().call("job.list", &json!({})).unwrap()["jobs"][0]["bytes"]);
+    let number_of =
+        |daemon: &Daemon| number(&daemon.connect().call("job.list", &json!({})).unwrap()["jobs"][0]["bytes"]);
     b.until("bytes at b", |b| number_of(b) > 4 * MIB);
 
     let mut c = taker(&authority, "c", None, &[middle]);

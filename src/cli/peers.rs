@@ -17,7 +17,8 @@ fn text(reply: &PeersReply) -> String {
         (false, None) => ", not connected".to_owned(),
         (false, Some(code)) => format!(", not connected ({})", printable(code)),
     };
-    let mut text = format!("directory   {}: {} entries{how}\n", printable(&directory.backend), directory.entries);
+    let mut text =
+        format!("directory   {}: {} entries{how}\n", printable(&directory.backend), directory.entries);
     match &reply.listen {
         None => text.push_str("serves      nobody: peer.listen is not set\n"),
         Some(listen) => text.push_str(&format!(

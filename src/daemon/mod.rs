@@ -225,8 +225,7 @@ fn compose(
     let peers = Peers::start(&config, metrics)?;
     let jobs = Jobs::new(
         Rc::clone(&residency),
-        Rc::clone(&shards),
-        plane.lane_of,
+        (Rc::clone(&shards), plane.lane_of),
         store.clone(),
         Rc::clone(&headers),
         Arc::clone(metrics),

@@ -104,7 +104,13 @@ struct Stream {
 
 impl Fetch {
     /// From these peers.
-    pub fn new(manifest: Arc<Manifest>, rank: Rank, dialer: Arc<Dialer>, streams: usize, chosen: Chosen) -> Fetch {
+    pub fn new(
+        manifest: Arc<Manifest>,
+        rank: Rank,
+        dialer: Arc<Dialer>,
+        streams: usize,
+        chosen: Chosen,
+    ) -> Fetch {
         let peers = chosen.peers.into_iter().map(|(address, session)| {
             let node = session.node().to_owned();
             (Share { address, node, bytes: 0, streams: 0, left: None }, Some(session))
@@ -293,7 +299,9 @@ impl Stream {
     fn wait(&self) -> bool {
         let state = self.fetch.state();
         let open = |state: &State| {
-            !state.queue.is_empty() || state.receiving > 0 || state.asked.iter().any(|asked| !asked.is_empty())
+            !state.queue.is_empty()
+                || state.receiving > 0
+                || state.asked.iter().any(|asked| !asked.is_empty())
         };
         if !open(&state) {
             return false;

@@ -175,11 +175,13 @@ impl Offer {
             let mut idle = std::pin::pin!(self.idle.notified());
             // Before looking, so that nothing is missed in between.
             idle.as_mut().enable();
-            let now = lock(&self.now);
-            if now.view.is_none() && now.users == 0 {
+            let unused = {
+                let now = lock(&self.now);
+                now.view.is_none() && now.users == 0
+            };
+            if unused {
                 return;
             }
-            drop(now);
             idle.await;
         }
     }

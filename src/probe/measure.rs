@@ -9,8 +9,8 @@ use tokio::sync::mpsc;
 use super::{FILE_BYTES_MIN, Mode, Report, Settings};
 use crate::plan::{self, BLOCK_ALIGN, Direct, Layout};
 use crate::shard::{
-    Assignment, Batch, BatchFile, Handles, DeviceRegion, DirectShare, DirectThreads, Landing, Options, Progress,
-    ReaderKind, Regions, Shard,
+    Assignment, Batch, BatchFile, DeviceRegion, DirectShare, DirectThreads, Handles, Landing, Options,
+    Progress, ReaderKind, Regions, Shard,
 };
 use crate::sys::cuda::{self, Context, DeviceMemory, Found};
 use crate::sys::cufile::{Counters, Driver, Handle, Registered};
@@ -172,11 +172,7 @@ impl Bench {
         let layouts = std::slice::from_ref(&self.layout);
         let plan = plan::scatter(layouts, &[self.bytes], direct, self.block_bytes);
         let plan = plan.ok_or("the reads cannot be counted")?;
-        let file = BatchFile {
-            name: "the file".to_owned(),
-            bytes: self.bytes,
-            expected: None,
-        };
+        let file = BatchFile { name: "the file".to_owned(), bytes: self.bytes, expected: None };
         let handles = Handles {
             file: Arc::clone(&self.file),
             direct: Some(Arc::clone(&self.file)),

@@ -341,7 +341,8 @@ impl<'a, R: Reader> Runner<'a, R> {
         let step = &batch.plan.moves[purpose.index as usize];
         let file = &batch.files[step.file as usize];
         let again = |way, attempts| Purpose { way, attempts, ..purpose };
-        let drive = if batch.handles[step.file as usize].direct.is_some() { Way::Direct } else { Way::BufferedTidy };
+        let drive =
+            if batch.handles[step.file as usize].direct.is_some() { Way::Direct } else { Way::BufferedTidy };
         match result {
             Ok(bytes) => {
                 let arrived = read.arrived + bytes;

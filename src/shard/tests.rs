@@ -124,7 +124,7 @@ fn any_file() -> Arc<OwnedFd> {
 }
 
 /// A file of which the simulated drive knows the bytes.
-fn any(bytes: u64, landing: Landing) -> (BatchFile, Handles) {
+fn file_of(bytes: u64, landing: Landing) -> (BatchFile, Handles) {
     let file = BatchFile { name: "model".into(), bytes, expected: None };
     (file, Handles { file: any_file(), direct: Some(any_file()), landing })
 }
@@ -199,7 +199,7 @@ proptest! {
         let faults = Faults { short, again, error, invalid };
         let reader =
             Simulated { content: on_drive, random: Random(seed), faults, queue: Vec::new(), depth: 4 };
-        let file = any(bytes as u64, if seed % 2 == 0 { Landing::InPlace } else { Landing::Slot });
+        let file = file_of(bytes as u64, if seed % 2 == 0 { Landing::InPlace } else { Landing::Slot });
         let (batch, layout) = batch_of(bytes as u64, None, file);
         let batch = run_on(reader, batch);
         let failure = batch.progress.failure().map(|error| error.code);
@@ -236,7 +236,7 @@ proptest! {
         let pick = Pick {
             tensor: 0, shape: vec![count, row], runs: Runs { offset: head, bytes: row, stride, count },
         };
-        let file = any(bytes, Landing::InPlace);
+        let file = file_of(bytes, Landing::InPlace);
         let (batch, layout) = batch_of(bytes, Some((&[tensor], &[pick])), file);
         let batch = run_on(reader, batch);
         prop_assert!(batch.progress.failure().is_none());
@@ -290,7 +290,7 @@ fn a_changed_chunk_of_an_unchanged_file_is_refused_invariant_6() {
     let full = content(3 << 20, 3);
     let mut sums: Vec<u64> = full.chunks(CHUNK_BYTES as usize).map(checksum::chunk).collect();
     sums[1] ^= 1;
-    let (file, handles) = any(full.len() as u64, Landing::Slot);
+    let (file, handles) = file_of(full.len() as u64, Landing::Slot);
     let file = BatchFile { expected: Some(sums.into()), ..file };
     let reader = Simulated {
         content: full,
@@ -335,7 +335,7 @@ fn a_broken_shard_fails_what_it_works_on_and_what_waits_invariant_6() {
     let (home, mut back) = mpsc::channel(100);
     // More than a shard thread works on at a time: the rest waits in its mailbox.
     for _ in 0..100 {
-        let (batch, _) = batch_of(1 << 20, None, any(1 << 20, Landing::InPlace));
+        let (batch, _) = batch_of(1 << 20, None, file_of(1 << 20, Landing::InPlace));
         let moves = std::iter::once(0..batch.plan.moves.len() as u32).collect();
         letters.send(Assignment { batch, moves, priority: 0, home: home.clone() }).unwrap();
     }

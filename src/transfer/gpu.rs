@@ -127,7 +127,8 @@ impl Jobs {
         let mut batch = Batch::new(plan, self.batch_files(&prepared), regions(), Arc::clone(&job.progress));
         batch.direct = share;
         job.begin(batch.bytes());
-        let (outcome, batch) = self.carry_out(job, batch, &prepared.files, Carriers::Shards { moves: None, priority }).await;
+        let (outcome, batch) =
+            self.carry_out(job, batch, &prepared.files, Carriers::Shards { moves: None, priority }).await;
         let mut batch =
             batch.ok_or_else(|| Error::new(Code::Internal, "a shard thread did not give the job back"));
         let mut landed = Landed::default();
@@ -148,7 +149,8 @@ impl Jobs {
             let sizes = prepared.sizes();
             let plan = reads.by_slots(&missed, &sizes, block).ok_or_else(too_many_reads)?;
             let batch = Batch::new(plan, self.batch_files(&prepared), regions(), Arc::clone(&job.progress));
-            let (outcome, batch) = self.carry_out(job, batch, &prepared.files, Carriers::Shards { moves: None, priority }).await;
+            let (outcome, batch) =
+                self.carry_out(job, batch, &prepared.files, Carriers::Shards { moves: None, priority }).await;
             outcome?;
             let batch = batch
                 .ok_or_else(|| Error::new(Code::Internal, "a shard thread did not give the job back"))?;

@@ -239,8 +239,7 @@ impl Job {
     fn source(&self) -> &'static str {
         let bytes = |paths: &[Path]| paths.iter().map(|path| self.progress.bytes(*path)).sum::<u64>();
         let from_peers = bytes(&[Path::Tcp, Path::Rdma]);
-        let from_files =
-            bytes(&[Path::Direct, Path::Staged, Path::Cached, Path::Buffered, Path::Compat]);
+        let from_files = bytes(&[Path::Direct, Path::Staged, Path::Cached, Path::Buffered, Path::Compat]);
         match (from_peers > 0 || self.fetch.borrow().is_some(), from_files > 0) {
             (true, true) => "peer,file",
             (true, false) => "peer",

@@ -143,8 +143,7 @@ impl Jobs {
     /// No jobs yet.
     pub fn new(
         residency: Rc<Residency>,
-        shards: Rc<Vec<Shard>>,
-        lane_of: Box<LaneOf>,
+        (shards, lane_of): (Rc<Vec<Shard>>, Box<LaneOf>),
         store: Option<Arc<Store>>,
         headers: Rc<HeaderGate>,
         metrics: Arc<Metrics>,

@@ -116,6 +116,7 @@ pub(crate) fn job(number: u64, state: JobState) -> JobInfo {
         total: 1 << 30,
         rate: 1e9,
         source: "file".to_owned(),
+        peers: Vec::new(),
         path: BTreeMap::new(),
         demoted_bytes: 0,
         eta_ms: Some(500),

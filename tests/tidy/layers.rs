@@ -17,6 +17,7 @@ const NODE: &[&str] = &[
 const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     ("cli::serve", &["daemon", "cli"]),
+    ("cli::doctor::peer", &["cli", "peer"]),
     ("cli::doctor", &["cli", "topology", "measure", "probe", "staging", "sys"]),
     (
         "cli::bench",
@@ -37,11 +38,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("peer::directory", &["json"]),
     ("probe", &["plan", "shard", "sys"]),
     ("peer", &["catalog", "checksum", "sys"]),
-    ("tier", &["API", "catalog", "plan", "source", "sys", "checksum", "json"]),
+    ("tier", &["API", "peer::offered", "catalog", "plan", "source", "sys", "checksum", "json"]),
     ("catalog", &["API", "source", "sys", "checksum", "json"]),
     ("source", &["sys", "json"]),
     ("plan", &["catalog", "checksum"]),
-    ("shard", &["plan", "staging", "sys", "checksum"]),
+    ("shard", &["peer::offer", "plan", "staging", "sys", "checksum"]),
     ("measure", &["staging", "topology", "sys", "checksum"]),
     ("staging", &["sys"]),
     ("topology", &["sys"]),

@@ -91,7 +91,8 @@ impl Connection {
             }
             Call::NodePeers(_) => {
                 if self.viewer().is_some() {
-                    let message = "only the daemon's own user may ask which nodes it exchanges artifacts with";
+                    let message =
+                        "only the daemon's own user may ask which nodes it exchanges artifacts with";
                     return Err(Error::new(Code::ApiForbidden, message));
                 }
                 self.reply(id, &node.jobs.peers().status())

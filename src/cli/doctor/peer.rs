@@ -101,7 +101,8 @@ fn session(config: &Config, args: &Args, checks: &mut Vec<Check>) {
     let credentials = match Credentials::load(&config.peer) {
         Ok(credentials) => credentials,
         Err(error) => {
-            let change = "set peer.certificate, peer.key, peer.ca and peer.identities in the file given by --config";
+            let change =
+                "set peer.certificate, peer.key, peer.ca and peer.identities in the file given by --config";
             return checks.push(Check::fail("peer_credentials", error.to_string(), change));
         }
     };
@@ -157,9 +158,11 @@ fn chunks(session: &mut Session, digest: &Digest, checks: &mut Vec<Check>) -> Re
     }
     let manifest = Arc::new(session.manifest(digest)?);
     let handle = session.open(&manifest, Rank { started_ms: u64::MAX, node: u64::MAX })?;
-    let mut all = manifest.chunks().iter().zip(0u32..).flat_map(|(chunks, file)| {
-        (0..chunks.len() as u32).map(move |chunk| (file, chunk))
-    });
+    let mut all = manifest
+        .chunks()
+        .iter()
+        .zip(0u32..)
+        .flat_map(|(chunks, file)| (0..chunks.len() as u32).map(move |chunk| (file, chunk)));
     let (mut target, mut taken) = (vec![0; CHUNK], 0);
     let begin = Instant::now();
     loop {
@@ -175,7 +178,10 @@ fn chunks(session: &mut Session, digest: &Digest, checks: &mut Vec<Check>) -> Re
         taken += session.receive(&mut target)?.bytes as u64;
     }
     let speed = rate(taken as f64 / begin.elapsed().as_secs_f64().max(1e-9));
-    checks.push(Check::ok("peer_rate", format!("{speed} over one connection ({} taken, every chunk right)", bytes(taken))));
+    checks.push(Check::ok(
+        "peer_rate",
+        format!("{speed} over one connection ({} taken, every chunk right)", bytes(taken)),
+    ));
     Ok(())
 }
 
@@ -190,7 +196,9 @@ fn advice(code: Code) -> &'static str {
             "the certificate is good, but its name is not in peer.identities: add it, exactly as the certificate has it \
              (openssl x509 -noout -ext subjectAltName), on the side that refuses"
         }
-        Code::PeerTimeout => "it took the connection and did not answer in time: it is overloaded, or no Lodestream",
+        Code::PeerTimeout => {
+            "it took the connection and did not answer in time: it is overloaded, or no Lodestream"
+        }
         Code::PeerVersion => "the daemons are of different versions: update the older one",
         Code::PeerBusy => "it serves as many connections as it may (peer.connections_max)",
         Code::PeerDisconnected => "it closed the connection: its log says why",
