@@ -124,7 +124,7 @@ fn a_client_that_does_not_keep_to_the_form_is_told_and_closed() {
     let (server, client) = Node::pair();
     let serving = Serving::start(&server);
     let good = || hello(VERSION);
-    let cases: [(&str, Vec<u8>, Option<Vec<u8>>); 12] = [
+    let cases = [
         ("a length of 0", good(), Some(0u32.to_le_bytes().to_vec())),
         ("a length above that of requests", good(), Some(513u32.to_le_bytes().to_vec())),
         ("the greatest length", good(), Some(u32::MAX.to_le_bytes().to_vec())),

@@ -175,13 +175,16 @@ impl Offer {
             let mut idle = std::pin::pin!(self.idle.notified());
             // Before looking, so that nothing is missed in between.
             idle.as_mut().enable();
-            let now = lock(&self.now);
-            if now.view.is_none() && now.users == 0 {
+            if self.is_unused() {
                 return;
             }
-            drop(now);
             idle.await;
         }
+    }
+
+    fn is_unused(&self) -> bool {
+        let now = lock(&self.now);
+        now.view.is_none() && now.users == 0
     }
 
     /// Chunks that are being sent.

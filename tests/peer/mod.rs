@@ -255,17 +255,23 @@ impl Artifact {
     /// Files of these lengths, of bytes that no other chunk has.
     pub fn new(lengths: &[usize]) -> Artifact {
         let mut seed = 1u64;
-        let mut next = || {
+        let mut block = vec![0; CHUNK_BYTES as usize];
+        for word in block.chunks_exact_mut(8) {
             // Xorshift: any sequence without repetition will do.
             seed ^= seed << 13;
             seed ^= seed >> 7;
             seed ^= seed << 17;
-            seed
-        };
-        let files: Vec<Vec<u8>> = lengths
-            .iter()
-            .map(|length| (0..length.div_ceil(8)).flat_map(|_| next().to_le_bytes()).take(*length).collect())
-            .collect();
+            word.copy_from_slice(&seed.to_le_bytes());
+        }
+        let files = lengths.iter().map(|length| {
+            let mut file = vec![0; *length];
+            for chunk in file.chunks_mut(block.len()) {
+                block.rotate_left(13);
+                chunk.copy_from_slice(&block[..chunk.len()]);
+            }
+            file
+        });
+        let files: Vec<Vec<u8>> = files.collect();
         let entries = files
             .iter()
             .zip(0..)
