@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lodestream::Code;
 use lodestream::peer::client::Session;
@@ -395,8 +395,10 @@ fn who_does_not_shake_hands_is_closed_in_time_however_it_goes_about() {
     // A byte now and then: the beginning of a handshake that would be good.
     let mut dripping = connect();
     dripping.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
-    let hello = [0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
+    let hello = [0x16, 3, 1, 0x3f, 0xff, 1, 0, 0x3f, 0xfb, 3, 3];
+    let begin = Instant::now();
     for byte in hello.into_iter().chain(std::iter::repeat(0)) {
+        assert!(begin.elapsed() < peer::WAIT_MAX, "it is not closed");
         let written = dripping.write(&[byte]);
         let ended = match dripping.read(&mut [0; 64]) {
             Ok(read) => read == 0,
