@@ -175,15 +175,16 @@ impl Offer {
             let mut idle = std::pin::pin!(self.idle.notified());
             // Before looking, so that nothing is missed in between.
             idle.as_mut().enable();
-            let unused = {
-                let now = lock(&self.now);
-                now.view.is_none() && now.users == 0
-            };
-            if unused {
+            if self.is_unused() {
                 return;
             }
             idle.await;
         }
+    }
+
+    fn is_unused(&self) -> bool {
+        let now = lock(&self.now);
+        now.view.is_none() && now.users == 0
     }
 
     /// Chunks that are being sent.
