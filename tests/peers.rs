@@ -166,7 +166,7 @@ fn a_peer_that_dies_in_mid_transfer_is_replaced_by_the_next() {
     first.wait_until_used_up();
     first.cut();
     second.allow(OPEN);
-    let job = connection.wait(&job);
+    let job = connection.wait(&job["job"]);
     assert_eq!(job["state"], "done", "{job}");
     assert_eq!(job["path"], json!({"tcp": job["total"]}), "no byte twice");
     let peers = list(&job["peers"]);
@@ -182,13 +182,12 @@ fn a_peer_that_dies_in_mid_transfer_is_replaced_by_the_next() {
 fn files_give_what_peers_do_not() {
     let authority = Authority::of(&["a", "b"]);
     let a = holder(&authority, "a", large);
-    let gate = Gate::to(a.address, 0);
+    let gate = Gate::to(a.address, OPEN);
     let root = directory();
     let model = large(&root.path().join("m"));
     let config = authority.config("b", None, &[gate.address]) + "prefer = true\n";
     let b = options(root.path(), &config).start();
     let mut connection = b.connect();
-    gate.allow(OPEN);
     // The first time nobody knows the digest.
     assert_eq!(connection.load(&model.path)["source"], "file");
     let evict = json!({"source": model.path});
@@ -196,15 +195,11 @@ fn files_give_what_peers_do_not() {
     assert_eq!(connection.load(&model.path)["source"], "peer");
     connection.call("artifact.evict", &evict).unwrap();
 
-    let gate = Gate::to(a.address, 20 * MIB);
-    let config = authority.config("b", None, &[gate.address]) + "prefer = true\n";
-    let state = b.state();
-    let b = options(root.path(), &config).flags(&["--state-dir", state.to_str().unwrap()]).start();
-    let mut connection = b.connect();
+    gate.limit(20 * MIB);
     let job = prefetch(&mut connection, model.path.to_str().unwrap());
     gate.wait_until_used_up();
     gate.cut();
-    let job = connection.wait(&job);
+    let job = connection.wait(&job["job"]);
     assert_eq!((job["state"].clone(), job["source"].clone()), (json!("done"), json!("peer,file")), "{job}");
     let paths = job["path"].as_object().unwrap();
     assert_eq!(paths.values().map(number).sum::<u64>(), number(&job["total"]), "no byte twice: {job}");
@@ -226,17 +221,17 @@ fn a_node_that_still_loads_already_serves() {
     gate.allow(16 * MIB);
     let number_of =
         |daemon: &Daemon| number(&daemon.connect().call("job.list", &json!({})).unwrap()["jobs"][0]["bytes"]);
-    b.until("bytes at b", |b| number_of(b) > 4 * MIB);
+    b.until("bytes at b", |b| came(b) > 4 * MIB);
 
     let mut c = taker(&authority, "c", None, &[middle]);
     let mut at_c = c.connect();
     let second = prefetch(&mut at_c, &a.source);
-    c.until("bytes at c", |c| number_of(c) > 4 * MIB);
+    c.until("bytes at c", |c| came(c) > 4 * MIB);
     assert_eq!(at_b.call("job.get", &json!({"job": first["job"]})).unwrap()["job"]["state"], "running");
 
     gate.allow(OPEN);
     for (connection, job) in [(&mut at_b, first), (&mut at_c, second)] {
-        let job = connection.wait(&job);
+        let job = connection.wait(&job["job"]);
         assert_eq!(job["state"], "done", "{job}");
         let attached = connection.attach(&json!({"source": a.source})).unwrap();
         a.model.assert_equal(&attached);
@@ -244,6 +239,55 @@ fn a_node_that_still_loads_already_serves() {
     // What a sent came once.
     let sent = a.daemon.metric("lodestream_peer_sent_bytes_total", &[]);
     assert_eq!(sent, b.metric("lodestream_read_bytes_total", &["path=\"tcp\""]));
+}
+
+/// Bytes that have come to the first job of a daemon.
+fn came(daemon: &Daemon) -> u64 {
+    number(&daemon.connect().call("job.list", &json!({})).unwrap()["jobs"][0]["bytes"])
+}
+
+/// One node has the model on its drive, three others want it at once, and one of those dies.
+#[test]
+fn storage_is_read_once_whoever_dies() {
+    let authority = Authority::of(&["a", "b", "c", "d"]);
+    for victim in [0, 1] {
+        let a = holder(&authority, "a", large);
+        let gates = [0, 1, 2].map(|_| Gate::to(a.address, MIB));
+        let mut listening = Vec::new();
+        let mut takers = Vec::new();
+        for (node, gate) in ["b", "c", "d"].iter().zip(&gates) {
+            let peers: Vec<_> = listening.iter().copied().chain([gate.address]).collect();
+            let own = address();
+            let taker = taker(&authority, node, Some(own), &peers);
+            let mut connection = taker.connect();
+            let job = prefetch(&mut connection, &a.source);
+            listening.push(own);
+            takers.push((taker, connection, job));
+            if takers.len() == 1 {
+                gate.allow(20 * MIB);
+            }
+            takers.last_mut().unwrap().0.until("the first bytes", |daemon| came(daemon) > 2 * MIB);
+        }
+        let (mut dead, _, _) = takers.remove(victim);
+        dead.kill();
+        gates.iter().for_each(|gate| gate.allow(OPEN));
+        for (taker, connection, job) in &mut takers {
+            let job = connection.wait(&job["job"]);
+            assert_eq!(job["state"], "done", "{job}");
+            assert_eq!(job["path"], json!({"tcp": job["total"]}), "no byte twice");
+            a.model.assert_equal(&connection.attach(&json!({"source": a.source})).unwrap());
+            assert_eq!(taker.metric("lodestream_read_bytes_total", &["source=\"file\""]), 0.0);
+        }
+        let read = a.daemon.metric("lodestream_read_bytes_total", &["source=\"file\""]);
+        assert_eq!(read, a.model.bytes() as f64 + index_bytes(&a.model), "storage is read once");
+    }
+}
+
+/// Bytes of the files of a model beside its shards.
+fn index_bytes(model: &Model) -> f64 {
+    let all: u64 =
+        fs::read_dir(&model.path).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+    (all - model.bytes()) as f64
 }
 
 /// A load that fails takes its memory back from those that it served, and they go elsewhere.
@@ -261,7 +305,7 @@ fn a_load_that_fails_lets_go_of_those_that_it_served() {
     let mut at_c = c.connect();
     let second = prefetch(&mut at_c, &a.source);
     at_b.call("job.cancel", &json!({"job": first["job"]})).unwrap();
-    let job = at_c.wait(&second);
+    let job = at_c.wait(&second["job"]);
     assert_eq!(job["state"], "done", "{job}");
     drop(at_b);
     b.assert_idle();
@@ -283,4 +327,41 @@ fn the_operator_sees_who_gave_what() {
     assert_eq!(at_a["listen"], a.address.to_string());
     assert_eq!(number(&at_a["offers"]), 1);
     assert_eq!(number(&at_a["sent_bytes"]), number(&peer["bytes"]));
+}
+
+/// What `lodestream doctor peer` found, by the name of the check.
+fn doctor(authority: &Authority, node: &str, peer: &str, digest: Option<&str>) -> Vec<(String, String)> {
+    let config = authority.path("doctor.toml");
+    fs::write(&config, authority.config(node, None, &[])).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lodestream"));
+    command.args(["--json", "doctor", "peer", peer, "--config"]).arg(config);
+    command.args(digest.map(|digest| ["--digest", digest]).iter().flatten());
+    let output = command.output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let failed = list(&report["checks"]).iter().any(|check| check["verdict"] == "fail");
+    assert_eq!(output.status.success(), !failed, "{report}");
+    let checks = list(&report["checks"]).iter();
+    checks.map(|check| (text(&check["check"]).to_owned(), text(&check["verdict"]).to_owned())).collect()
+}
+
+#[test]
+fn the_doctor_goes_to_a_peer_step_by_step() {
+    let authority = Authority::of(&["a", "b"]);
+    let a = holder(&authority, "a", |path| Model::mixed(path, 6));
+    let digest = a.source.strip_prefix("peer://");
+    let named = |checks: &[(&str, &str)]| -> Vec<(String, String)> {
+        checks.iter().map(|(name, verdict)| ((*name).to_owned(), (*verdict).to_owned())).collect()
+    };
+    let well = named(&[("peer_name", "ok"), ("peer_tcp", "ok"), ("peer_tls", "ok"), ("peer_rate", "ok")]);
+    assert_eq!(doctor(&authority, "b", &a.address.to_string(), digest), well);
+    let unknown =
+        named(&[("peer_name", "ok"), ("peer_tcp", "ok"), ("peer_tls", "ok"), ("peer_artifact", "fail")]);
+    let other = format!("sha256:{}", "0".repeat(64));
+    assert_eq!(doctor(&authority, "b", &a.address.to_string(), Some(&other)), unknown);
+    let nobody = named(&[("peer_name", "ok"), ("peer_tcp", "fail")]);
+    assert_eq!(doctor(&authority, "b", &address().to_string(), None), nobody);
+    let strangers = Authority::of(&["b"]);
+    let refused = named(&[("peer_name", "ok"), ("peer_tcp", "ok"), ("peer_tls", "fail")]);
+    assert_eq!(doctor(&strangers, "b", &a.address.to_string(), None), refused);
+    assert_eq!(doctor(&authority, "b", "no-such-host.invalid:1", None), named(&[("peer_name", "fail")]));
 }

@@ -27,6 +27,8 @@ use crate::sys::pages::PageKind;
 
 /// How often a thread that waits looks whether its job was stopped.
 const LOOK: Duration = Duration::from_millis(50);
+/// A stream is slow if nothing has come of what it has asked for so long: others take it over.
+const SLOW: Duration = Duration::from_millis(500);
 /// Answers "not yet" in a row after which a peer is left.
 const NOT_YET_MAX: u32 = 20;
 /// A move that does not fit its region: the plan is wrong.
@@ -78,12 +80,27 @@ struct Shared {
 struct State {
     /// Moves that nobody has been asked for, in order.
     queue: VecDeque<u32>,
-    /// For each stream, what it has asked for and not begun to receive.
-    asked: Vec<VecDeque<u32>>,
+    streams: Vec<Asked>,
     /// Moves that are being received.
     receiving: usize,
     shares: Vec<Share>,
     why: Option<error::Error>,
+}
+
+/// What a stream has asked for.
+#[derive(Debug)]
+struct Asked {
+    /// And not begun to receive.
+    moves: VecDeque<u32>,
+    /// When something last came, or was asked for after nothing had been.
+    heard: Instant,
+}
+
+impl Asked {
+    /// Whether others may take over the last of it. What is next is as good as under way.
+    fn slow(&self) -> bool {
+        self.moves.len() > 1 && self.heard.elapsed() > SLOW
+    }
 }
 
 /// A connection to a peer.
@@ -134,7 +151,8 @@ impl Fetch {
         let streams = self.0.streams;
         let mut state = self.state();
         state.queue = (0..batch.plan.moves.len() as u32).collect();
-        state.asked = (0..streams).map(|_| VecDeque::new()).collect();
+        let nothing = || Asked { moves: VecDeque::new(), heard: Instant::now() };
+        state.streams = (0..streams).map(|_| nothing()).collect();
         drop(state);
         for number in 0..streams {
             let (fetch, batch, home) = (self.clone(), Arc::clone(batch), home.clone());
@@ -219,7 +237,7 @@ impl Fetch {
     /// What a stream has asked for and not received can be asked for again.
     fn put_back(&self, number: usize) {
         let mut state = self.state();
-        let asked = std::mem::take(&mut state.asked[number]);
+        let asked = std::mem::take(&mut state.streams[number].moves);
         for step in asked.into_iter().rev() {
             state.queue.push_front(step);
         }
@@ -279,13 +297,16 @@ impl Stream {
         let next = match state.queue.pop_front() {
             Some(next) => next,
             None if self.pipeline.is_empty() => {
-                let slowest = state.asked.iter_mut().max_by_key(|asked| asked.len())?;
-                // What is asked for next is as good as under way.
-                (slowest.len() > 1).then(|| slowest.pop_back()).flatten()?
+                let slow = state.streams.iter_mut().filter(|asked| asked.slow());
+                slow.max_by_key(|asked| asked.moves.len())?.moves.pop_back()?
             }
             None => return None,
         };
-        state.asked[self.number].push_back(next);
+        let own = &mut state.streams[self.number];
+        if own.moves.is_empty() {
+            own.heard = Instant::now();
+        }
+        own.moves.push_back(next);
         Some(next)
     }
 
@@ -301,7 +322,7 @@ impl Stream {
         let open = |state: &State| {
             !state.queue.is_empty()
                 || state.receiving > 0
-                || state.asked.iter().any(|asked| !asked.is_empty())
+                || state.streams.iter().any(|asked| !asked.moves.is_empty())
         };
         if !open(&state) {
             return false;
@@ -315,9 +336,9 @@ impl Stream {
     fn receive(&mut self, number: u32) -> Result<()> {
         let mine = {
             let mut state = self.fetch.state();
-            let mine = state.asked[self.number].front() == Some(&number);
+            let mine = state.streams[self.number].moves.front() == Some(&number);
             if mine {
-                state.asked[self.number].pop_front();
+                state.streams[self.number].moves.pop_front();
                 state.receiving += 1;
             }
             mine
@@ -327,6 +348,7 @@ impl Stream {
         if mine {
             let mut state = self.fetch.state();
             state.receiving -= 1;
+            state.streams[self.number].heard = Instant::now();
             match &received {
                 Ok(bytes) => state.shares[self.peer].bytes += bytes,
                 Err(_) => state.queue.push_front(number),

@@ -55,6 +55,11 @@ impl Gate {
         self.shared.1.notify_all();
     }
 
+    /// Lets just so many bytes back from now on.
+    pub fn limit(&self, bytes: u64) {
+        self.shared.0.lock().unwrap().allowed = bytes;
+    }
+
     /// Waits until all that is allowed has come back.
     pub fn wait_until_used_up(&self) {
         let state = self.shared.0.lock().unwrap();
