@@ -99,9 +99,11 @@ class Client:
                 return call()
             except lodestream.LodestreamError as error:
                 self.expected(error)
-                last = error
-                time.sleep(TRY_SECONDS)
-        raise last
+                # Not kept for later: an exception keeps the frames of its callers, and their arrays, until the collector
+                # runs; and the daemon the memory that they map.
+                if attempt == TRIES_MAX - 1:
+                    raise
+            time.sleep(TRY_SECONDS)
 
     def connect(self):
         return self.tried(lambda: lodestream.connect(self.socket))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 from . import _native
 from ._error import LodestreamError
@@ -12,6 +13,9 @@ from ._model import Model, framework_of
 from ._progress import Progress, Shown
 
 DEFAULT_SOCKET = "/run/lodestream/lodestream.sock"
+
+# The daemon, or its GPU, has no room beside what is in use.
+_NO_ROOM = frozenset({"tier.gpu.over_budget", "tier.host.over_budget"})
 
 Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 Select = Union[None, str, dict, Sequence[Union[str, dict]]]
@@ -122,7 +126,7 @@ class Node:
         framework = framework_of(framework)
         named = (*self._source(path, open), _device(device), _select(select))
         with Shown(progress) as show:
-            attached = self._native.attach(*named, wait, verify, show)
+            attached = _with_room(lambda: self._native.attach(*named, wait, verify, show))
         return Model(attached, framework)
 
     def prefetch(
@@ -150,8 +154,10 @@ class Node:
             targets = [{**target, "device": _device(target["device"])} for target in targets]
         named = (*self._source(path, open), _device(device), _select(select))
         with Shown(progress if wait else False) as show:
-            return self._native.prefetch(
-                *named, targets, priority, deadline, detach or not wait, pin, wait, show
+            return _with_room(
+                lambda: self._native.prefetch(
+                    *named, targets, priority, deadline, detach or not wait, pin, wait, show
+                )
             )
 
     def resolve(self, path: Path, *, open: bool = False) -> dict[str, Any]:
@@ -223,6 +229,16 @@ class Node:
         if opened or (self._direct and os.path.isfile(text)):
             return text, _files(text)
         return _absolute(text), []
+
+
+def _with_room(load: Callable[[], Any]) -> Any:
+    """Loads; once more where there was no room and the collector has found something: it may have been arrays of a model."""
+    try:
+        return load()
+    except LodestreamError as error:
+        if error.code not in _NO_ROOM or not gc.collect():
+            raise
+    return load()
 
 
 def _absolute(text: str) -> str:

@@ -80,6 +80,21 @@ class Jobs(Case):
         else:
             self.fail("no job could be ended")
 
+    def test_what_only_the_collector_frees_makes_room_for_a_load(self):
+        first, second = (large_model(self.root / f"{name}.safetensors", 300) for name in "ab")
+        node = self.connect(self.daemon())
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for load in (node.attach, node.prefetch):
+            cycle = [node.attach(first, framework="np")["w"]]
+            cycle.append(cycle)
+            del cycle
+            load(second)
+        held = node.attach(second, framework="np")["w"]
+        with self.refused("tier.host.over_budget"):
+            node.attach(first)
+        self.assertEqual(held.shape, (300 << 20,))
+
     def test_several_threads_use_one_node_and_a_load_keeps_nobody_waiting(self):
         path = large_model(self.root / "m.safetensors")
         some_model(self.root / "s.safetensors")
