@@ -106,10 +106,17 @@ class Node:
                 self.metrics_address = f"127.0.0.1:{free.getsockname()[1]}"
             command += ["--metrics-listen", self.metrics_address]
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen([*map(str, command), *self.flags], stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=log)
+            self.process = subprocess.Popen([*map(str, self.command(command)), *self.flags], stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=log, env=self.environment)
         self.watch = os.pidfd_open(self.process.pid)
         self.until(lambda status: status["state"] == "ready", "readiness", START_SECONDS_MAX)
+
+    # Of the daemon; None: that of this process.
+    environment = None
+
+    def command(self, command):
+        """What starts the daemon: the command itself, unless it is to run somewhere else."""
+        return command
 
     def stop(self, number=signal.SIGTERM):
         """Ends it with a signal, and with SIGKILL if that takes too long; → its exit status as subprocess gives it."""
