@@ -41,6 +41,8 @@ pub struct Chosen {
     pub peers: Vec<(String, Session)>,
     /// How many of them are asked at a time; the others stand by.
     pub active: usize,
+    /// The first is still loading itself: this node comes behind it in a chain.
+    pub chained: bool,
 }
 
 /// What came of one peer.
@@ -67,11 +69,8 @@ struct Shared {
     manifest: Arc<Manifest>,
     rank: Rank,
     dialer: Arc<Dialer>,
-    active: usize,
     /// Streams at a time, to all active peers together.
     streams: usize,
-    /// Each is used by the first stream that comes to its peer.
-    sessions: Mutex<Vec<Option<Session>>>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -84,6 +83,14 @@ struct State {
     /// Moves that are being received.
     receiving: usize,
     shares: Vec<Share>,
+    /// Those to ask, the best first: places in `shares`.
+    order: Vec<usize>,
+    active: usize,
+    chained: bool,
+    /// Sessions in which active peers were asked what they have, each for the first stream that comes to its peer.
+    sessions: Vec<(usize, Session)>,
+    /// Grows when others are to be asked from now on.
+    turn: u32,
     why: Option<error::Error>,
 }
 
@@ -112,6 +119,8 @@ struct Stream {
     window: usize,
     peer: usize,
     number: usize,
+    /// It asks for nothing more in another.
+    turn: u32,
     /// For what does not land in place, or was taken over.
     slot: Span,
     /// What was asked for, in order, also what was taken over since.
@@ -128,22 +137,46 @@ impl Fetch {
         streams: usize,
         chosen: Chosen,
     ) -> Fetch {
-        let peers = chosen.peers.into_iter().map(|(address, session)| {
-            let node = session.node().to_owned();
-            (Share { address, node, bytes: 0, streams: 0, left: None }, Some(session))
-        });
-        let (shares, sessions) = peers.unzip();
-        let state = State { shares, ..State::default() };
-        Fetch(Arc::new(Shared {
+        let streams = chosen.active.max(1) * streams;
+        let fetch = Fetch(Arc::new(Shared {
             manifest,
             rank,
             dialer,
-            streams: chosen.active.max(1) * streams,
-            active: chosen.active.max(1),
-            sessions: Mutex::new(sessions),
-            state: Mutex::new(state),
+            streams,
+            state: Mutex::default(),
             changed: Condvar::new(),
-        }))
+        }));
+        fetch.ask_others(chosen);
+        fetch
+    }
+
+    /// Asks these peers from now on. Streams to others end with what they have asked for.
+    pub fn ask_others(&self, chosen: Chosen) {
+        let mut state = self.state();
+        state.order.clear();
+        state.sessions.clear();
+        for (address, session) in chosen.peers {
+            let known = state.shares.iter().position(|share| share.address == address);
+            let place = known.unwrap_or_else(|| {
+                let node = session.node().to_owned();
+                state.shares.push(Share { address, node, bytes: 0, streams: 0, left: None });
+                state.shares.len() - 1
+            });
+            // One that stands by would have been closed by the time it is used.
+            if state.order.len() < chosen.active {
+                state.sessions.push((place, session));
+            }
+            state.order.push(place);
+        }
+        state.active = chosen.active.max(1);
+        state.chained = chosen.chained;
+        state.turn += 1;
+    }
+
+    /// Whether it comes behind one that is still loading, or has nothing left to ask for.
+    pub fn settled(&self) -> bool {
+        let state = self.state();
+        state.chained || state.queue.is_empty() && !state.streams.is_empty()
     }
 
     /// Begins to bring all moves of a batch for the host tier, which is moved to `home` by each thread that has ended.
@@ -193,29 +226,33 @@ impl Fetch {
     /// One stream: from its first peer, and from the next whenever it leaves one, until everything is there or all were
     /// left.
     fn run(&self, batch: &Arc<Batch>, number: usize) {
-        let all = self.state().shares.len();
-        for peer in (0..all).map(|step| (number % self.0.active + step) % all) {
-            if self.state().shares[peer].left.is_some() {
-                continue;
-            }
-            let ended = self.stream(batch, peer, number);
+        while let Some((peer, turn)) = self.next(number) {
+            let ended = self.stream(batch, peer, number, turn);
             self.put_back(number);
             match ended {
-                Ok(()) => return,
+                Ok(()) if turn == self.state().turn || batch.progress.stopped() => return,
+                Ok(()) => {}
                 Err(error) => self.leave(peer, error.into()),
             }
         }
     }
 
-    fn stream(&self, batch: &Arc<Batch>, peer: usize, number: usize) -> Result<()> {
-        let known = self.0.sessions.lock().unwrap_or_else(PoisonError::into_inner)[peer].take();
-        let mut session = match known {
-            Some(session) => session,
-            None => {
-                let address = self.state().shares[peer].address.clone();
-                self.0.dialer.connect(&address)?
-            }
+    /// The peer that a stream is to ask, and in which turn.
+    fn next(&self, number: usize) -> Option<(usize, u32)> {
+        let state = self.state();
+        let all = state.order.len();
+        let mut peers = (0..all).map(|step| state.order[(number % state.active + step) % all]);
+        Some((peers.find(|peer| state.shares[*peer].left.is_none())?, state.turn))
+    }
+
+    fn stream(&self, batch: &Arc<Batch>, peer: usize, number: usize, turn: u32) -> Result<()> {
+        let (known, address) = {
+            let mut state = self.state();
+            let known = state.sessions.iter().position(|(place, _)| *place == peer);
+            let known = known.map(|place| state.sessions.swap_remove(place).1);
+            (known, state.shares[peer].address.clone())
         };
+        let mut session = known.map_or_else(|| self.0.dialer.connect(&address), Ok)?;
         let handle = session.open(&self.0.manifest, self.0.rank)?;
         let slot = slot(batch).map_err(Error::Memory)?;
         self.state().shares[peer].streams += 1;
@@ -227,6 +264,7 @@ impl Fetch {
             handle,
             peer,
             number,
+            turn,
             slot,
             pipeline: VecDeque::new(),
             not_yet: 0,
@@ -294,6 +332,9 @@ impl Stream {
     /// The next move to ask for; from the end of what a slower stream has asked for, if there is none.
     fn take(&mut self) -> Option<u32> {
         let mut state = self.fetch.state();
+        if state.turn != self.turn {
+            return None;
+        }
         let next = match state.queue.pop_front() {
             Some(next) => next,
             None if self.pipeline.is_empty() => {
@@ -324,7 +365,7 @@ impl Stream {
                 || state.receiving > 0
                 || state.streams.iter().any(|asked| !asked.moves.is_empty())
         };
-        if !open(&state) {
+        if !open(&state) || state.turn != self.turn {
             return false;
         }
         let waited = self.fetch.0.changed.wait_timeout(state, LOOK);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::Job;
 use super::load::{Prepared, blocking};
@@ -29,6 +30,10 @@ use crate::telemetry::metrics::{Metrics, PeerReadMetrics};
 const CANDIDATES_MAX: usize = 64;
 /// Peers that have all of an artifact and are asked for it at a time.
 const ACTIVE_MAX: usize = 4;
+/// After this time, and twice, four times as much and so on, it is looked again whether there is one to come behind.
+const LOOK: Duration = Duration::from_millis(50);
+/// Until so many times have passed.
+const LOOKS_MAX: u32 = 16;
 /// Peers whose counts are kept.
 const KNOWN_MAX: usize = 4096;
 
@@ -139,7 +144,7 @@ impl Peers {
         let (Some(dialer), Some(parsed)) = (self.dialer.clone(), Digest::parse(digest)) else {
             return Err(crate::peer::nobody());
         };
-        let addresses = self.addresses(digest);
+        let addresses = addresses(&self.directory, digest);
         blocking(move || {
             let mut why = crate::peer::nobody();
             for address in addresses {
@@ -161,18 +166,39 @@ impl Peers {
     pub(super) async fn fetch(&self, job: &Job, prepared: &Prepared) -> Option<Fetch> {
         let manifest = prepared.known.as_ref().filter(|_| self.asks(prepared))?;
         let (dialer, digest) = (self.dialer.clone()?, Digest::parse(manifest.digest())?);
-        let (addresses, rank) = (self.addresses(manifest.digest()), self.rank(job));
-        let survey = {
-            let dialer = Arc::clone(&dialer);
-            blocking(move || {
-                let (peers, active) = choose(ask(&dialer, &addresses, digest), rank);
-                Ok(Chosen { peers, active })
-            })
-        };
-        let chosen = survey.await.ok()?;
+        let rank = self.rank(job);
+        let chosen = survey(&dialer, addresses(&self.directory, manifest.digest()), digest, rank).await?;
         let fetch = Fetch::new(Arc::clone(manifest), rank, dialer, self.streams, chosen);
         *job.fetch.borrow_mut() = Some(fetch.clone());
+        tokio::task::spawn_local(self.look_again(fetch.clone(), manifest, rank));
         Some(fetch)
+    }
+
+    /// Nodes that begin at the same time do not see each other yet. Whoever asks one that has everything looks again a few
+    /// times whether it can come behind one that is loading.
+    fn look_again(&self, fetch: Fetch, manifest: &Manifest, rank: Rank) -> impl Future<Output = ()> + use<> {
+        let (dialer, digest) = (self.dialer.clone(), manifest.digest().to_owned());
+        let (directory, parsed) = (Arc::clone(&self.directory), Digest::parse(manifest.digest()));
+        async move {
+            let (Some(dialer), Some(parsed)) = (dialer, parsed) else { return };
+            let mut tick = tokio::time::interval(LOOK);
+            tick.tick().await;
+            for number in 1..=LOOKS_MAX {
+                tick.tick().await;
+                if fetch.settled() {
+                    return;
+                }
+                // Ever more seldom.
+                if !number.is_power_of_two() {
+                    continue;
+                }
+                let addresses = addresses(&directory, &digest);
+                let found = survey(&dialer, addresses, parsed, rank).await;
+                if let Some(chosen) = found.filter(|chosen| chosen.chained) {
+                    return fetch.ask_others(chosen);
+                }
+            }
+        }
     }
 
     /// Counts what came of a fetch that has ended.
@@ -270,14 +296,24 @@ impl Peers {
         self.dialer.is_some() && prepared.known.is_some() && (self.prefer || prepared.files.is_empty())
     }
 
-    fn addresses(&self, digest: &str) -> Vec<String> {
-        let holders = self.directory.holders(digest);
-        holders.into_iter().take(CANDIDATES_MAX).map(|holder| holder.address.to_string()).collect()
-    }
-
     fn rank(&self, job: &Job) -> Rank {
         Rank { started_ms: job.created_ms, node: self.node }
     }
+}
+
+fn addresses(directory: &Directory, digest: &str) -> Vec<String> {
+    let holders = directory.holders(digest);
+    holders.into_iter().take(CANDIDATES_MAX).map(|holder| holder.address.to_string()).collect()
+}
+
+async fn survey(dialer: &Arc<Dialer>, addresses: Vec<String>, digest: Digest, rank: Rank) -> Option<Chosen> {
+    let dialer = Arc::clone(dialer);
+    blocking(move || {
+        let (peers, active, chained) = choose(ask(&dialer, &addresses, digest), rank);
+        Ok(Chosen { peers, active, chained })
+    })
+    .await
+    .ok()
 }
 
 /// Asks all of them at once what they have.
@@ -308,7 +344,7 @@ fn ask(dialer: &Dialer, addresses: &[String], digest: Digest) -> Vec<(String, Se
 
 /// The best first. Whoever is still loading and lower in rank comes before those that have it all, so that those do not
 /// have to send it to everybody; of them the one that sends to the fewest.
-fn choose<S>(mut found: Vec<(String, S, Have)>, rank: Rank) -> (Vec<(String, S)>, usize) {
+fn choose<S>(mut found: Vec<(String, S, Have)>, rank: Rank) -> (Vec<(String, S)>, usize, bool) {
     let usable = |have: &Have| match have.state {
         State::None => false,
         State::Loading => have.rank < rank,
@@ -320,7 +356,7 @@ fn choose<S>(mut found: Vec<(String, S, Have)>, rank: Rank) -> (Vec<(String, S)>
     });
     let loading = found.iter().any(|(_, _, have)| have.state == State::Loading);
     let active = if loading { 1 } else { found.len().min(ACTIVE_MAX) };
-    (found.into_iter().map(|(address, session, _)| (address, session)).collect(), active)
+    (found.into_iter().map(|(address, session, _)| (address, session)).collect(), active, loading)
 }
 
 #[cfg(test)]
@@ -333,7 +369,8 @@ mod tests {
             let have = Have { state: *state, chunks_ready: 1, chunks_total: 2, rank, serving: *serving };
             ((*name).to_owned(), (), have)
         });
-        let (peers, active) = choose(found.collect(), Rank { started_ms: rank, node: 0 });
+        let (peers, active, chained) = choose(found.collect(), Rank { started_ms: rank, node: 0 });
+        assert!(!chained || active == 1, "of a chain one is asked");
         (peers.into_iter().map(|(name, ())| name).collect(), active)
     }
 
