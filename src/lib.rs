@@ -34,6 +34,7 @@ pub mod measure;
 pub mod node;
 pub mod plan;
 pub mod probe;
+pub mod rdma;
 pub mod shard;
 pub mod source;
 pub mod staging;

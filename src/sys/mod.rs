@@ -17,3 +17,4 @@ pub mod page_cache;
 pub mod pages;
 pub mod peer;
 pub mod uring;
+pub mod verbs;

@@ -39,6 +39,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("shard", &["plan", "staging", "sys", "checksum"]),
     ("measure", &["staging", "topology", "sys", "checksum"]),
     ("staging", &["sys"]),
+    ("rdma", &["sys"]),
     ("topology", &["sys"]),
     ("sys", &[]),
     ("checksum", &[]),
