@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::device::Context;
 use super::{VerbsError, check, invalid};
 use crate::sys::map::ReadMap;
-use crate::sys::mem::{Memory, Span};
+use crate::sys::mem::{Memory, Retired, Span};
 
 /// Memory and queue pairs of one tenant or trust class: keys of another domain's memory are refused by the device.
 #[derive(Debug)]
@@ -96,7 +96,9 @@ impl fmt::Debug for Remote {
 pub enum Backing {
     /// Memory that is being filled, or was.
     Memory(Arc<Memory>),
-    /// Sealed memory, mapped read-only.
+    /// Sealed memory, by the mapping that it was filled through.
+    Retired(Arc<Retired>),
+    /// Sealed memory, mapped read-only. Kernels before 6.3 refuse it with EFAULT: they ask for a mapping that can be written to.
     Map(Arc<ReadMap>),
     /// Memory of a device, by its dma-buf; so many bytes from its beginning on.
     DmaBuf(OwnedFd, u64),
@@ -219,6 +221,10 @@ impl Registered {
         let (start, bytes) = match (&target, &backing) {
             (Some(span), _) => (span.address().as_ptr(), span.bytes()),
             (_, Backing::Memory(memory)) => (memory.address().as_ptr(), memory.bytes()),
+            (_, Backing::Retired(retired)) => {
+                let memory = retired.memory();
+                (memory.address().as_ptr(), memory.bytes())
+            }
             (_, Backing::Map(map)) => (map.as_slice().as_ptr().cast_mut(), map.as_slice().len() as u64),
             // Its addresses begin with 0.
             (_, Backing::DmaBuf(_, bytes)) => (std::ptr::null_mut(), *bytes),
@@ -234,7 +240,7 @@ impl Registered {
             // SAFETY: the range is mapped as long as `backing`, which `Registered` keeps until it is taken back. Whom it lets
             // write to it: only the device, for an operation that owns a span of it (`Own`) or a peer that has the only claim on
             // it (`Target`).
-            Backing::Memory(_) | Backing::Map(_) => unsafe {
+            Backing::Memory(_) | Backing::Retired(_) | Backing::Map(_) => unsafe {
                 (library.register)(domain.raw(), start.cast(), length, access, &mut raw)
             },
         };
