@@ -23,8 +23,9 @@ use super::{VerbsError, check, invalid};
 const SIGNAL_EVERY: u64 = 8;
 /// Queue pair numbers and packet sequence numbers have 24 bits.
 const BITS_24: u32 = 0xff_ffff;
-/// 4.096 µs · 2^14 = 67 ms until a packet is sent again.
-const TIMEOUT: u32 = 14;
+/// 4.096 µs · 2^17 = 0.5 s until a packet is sent again. Much less, and a source that is busy with the READs of others is asked for the
+/// same bytes again, which makes it no faster; much more, and a peer that is gone is noticed late.
+const TIMEOUT: u32 = 17;
 /// As often as there are bits for it.
 const RETRIES: u32 = 7;
 /// How long a queue pair in the error state may take to give its operations back.

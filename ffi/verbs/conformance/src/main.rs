@@ -21,10 +21,10 @@ use lodestream::sys::verbs::{Context, Library};
 use check::{Checked, Wrong, ensure};
 use session::{Ask, Receiver, Way};
 
-const USAGE: &str = "usage: verbs-conformance list | node | pair | source | measure
+const USAGE: &str = "usage: verbs-conformance list | node [CHECK…] | pair [CHECK…] | source | measure
 
   list     the devices, their ports and GIDs, and the route that would be taken
-  node     all checks, with a source on this machine
+  node     all checks, or those that are named, with a source on this machine
   pair     on the machine with VM_NODE=0 the source, on the other the checks
   source   answers at VM_ADDRESS
   measure  READs against ib_read_bw on this machine, as JSON
@@ -141,19 +141,22 @@ fn resources() -> Checked<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-fn checks(node: &Node) -> Checked<bool> {
+fn checks(node: &Node, wanted: &[String]) -> Checked<bool> {
     let before = resources()?;
+    let begin = Instant::now();
     let mut all = true;
     let mut report = |name: &str, result: Checked<String>| -> Checked {
         all &= result.is_ok();
         match result {
-            Ok(note) if note.is_empty() => writeln!(io::stdout(), "ok      {name}")?,
-            Ok(note) => writeln!(io::stdout(), "ok      {name}: {note}")?,
-            Err(Wrong(reason)) => writeln!(io::stdout(), "FAILED  {name}: {reason}")?,
+            Ok(note) => writeln!(io::stdout(), "ok      {:4} s  {name}: {note}", begin.elapsed().as_secs())?,
+            Err(Wrong(reason)) => {
+                writeln!(io::stdout(), "FAILED  {:4} s  {name}: {reason}", begin.elapsed().as_secs())?;
+            }
         }
         Ok(())
     };
-    for (name, check) in CHECKS {
+    let chosen = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name);
+    for (name, check) in CHECKS.iter().filter(|(name, _)| chosen(name)) {
         report(name, check(node))?;
     }
     let mut last = node.connect(Way::Key, transfers::SETTINGS)?;
@@ -218,16 +221,16 @@ fn list(library: &Arc<Library>) -> Checked<bool> {
     Ok(true)
 }
 
-fn run(command: &str) -> Checked<bool> {
+fn run(command: &str, names: &[String]) -> Checked<bool> {
     match command {
         "list" => list(&Library::open(None)?),
         "source" => {
             let node = Node::new()?;
             session::serve(&node.context, node.local).map(|()| true)
         }
-        "node" => checks(&Node::new()?),
+        "node" => checks(&Node::new()?, names),
         "pair" if environment("VM_NODE")? == "0" => supervise(),
-        "pair" => checks(&Node { peer: address("VM_PEER")?, pair: true, ..Node::new()? }),
+        "pair" => checks(&Node { peer: address("VM_PEER")?, pair: true, ..Node::new()? }, names),
         "measure" => measure::measure(&Node::new()?).map(|()| true),
         _ => Err(Wrong(USAGE.into())),
     }
@@ -235,11 +238,11 @@ fn run(command: &str) -> Checked<bool> {
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [command] = arguments.as_slice() else {
+    let Some((command, names)) = arguments.split_first() else {
         let _ = writeln!(io::stderr(), "{USAGE}");
         return ExitCode::from(2);
     };
-    match run(command) {
+    match run(command, names) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(Wrong(reason)) => {
