@@ -1,5 +1,6 @@
 //! `liblodestream_verbs.so`: where it is looked for, and why it cannot be used.
 
+use std::error::Error;
 use std::fmt;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -78,8 +79,11 @@ impl Library {
         let Some(path) = places.iter().find(|path| path.is_file()) else {
             return Err(Absent::Missing(places));
         };
-        let unloadable =
-            |error: libloading::Error| Absent::Unloadable { path: path.clone(), reason: error.to_string() };
+        let unloadable = |error: libloading::Error| {
+            // What the loader says is the cause of what libloading says.
+            let reason = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            Absent::Unloadable { path: path.clone(), reason }
+        };
         // SAFETY: the library that belongs to this program, or that the operator names; its initialisers and those of libibverbs
         // are trusted like those of any installed library.
         let library = unsafe { libloading::Library::new(path) }.map_err(unloadable)?;

@@ -401,7 +401,8 @@ impl QueuePair {
 impl Drop for QueuePair {
     /// Invariant 2: memory is freed only when the device has given it back.
     fn drop(&mut self) {
-        if !self.flight.is_empty() && !(self.fail().is_ok() && self.drain()) {
+        let kept = !self.flight.is_empty() && (self.fail().is_err() || !self.drain());
+        if kept {
             self.library().count_leak(self.flight.iter().map(Transfer::bytes).sum());
             std::mem::forget(std::mem::take(&mut self.flight));
             // With them all that a device which is still at work uses.

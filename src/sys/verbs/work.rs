@@ -117,6 +117,9 @@ pub enum WorkError {
     /// A window could not be bound.
     #[error("the device refuses the memory window")]
     WindowBind,
+    /// This side's device cannot send: soft-RoCE says so when its link has gone.
+    #[error("the device cannot send")]
+    Unsendable,
     /// Another `ibv_wc_status`.
     #[error("the device answers {0}")]
     Other(u32),
@@ -127,6 +130,7 @@ impl WorkError {
     pub(super) fn of(status: u32) -> Result<(), WorkError> {
         Err(match status {
             0 => return Ok(()),
+            2 => WorkError::Unsendable,
             4 | 8 => WorkError::LocalAccess,
             5 => WorkError::Flushed,
             6 => WorkError::WindowBind,

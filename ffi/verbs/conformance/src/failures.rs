@@ -187,7 +187,7 @@ pub(crate) fn a_link_that_goes_down_fails_the_rail(node: &Node) -> Checked<Strin
     link("up")?;
     let ended = struck?;
     told?;
-    failed(&receiver, &ended, &[WorkError::Unanswered])?;
+    failed(&receiver, &ended, &[WorkError::Unanswered, WorkError::Unsendable])?;
     wait_for(node, Event::PortActive(1))?;
     drop(receiver);
     read_all(&mut node.connect(Way::Key, SETTINGS)?)?;
