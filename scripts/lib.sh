@@ -27,7 +27,7 @@ lint_rust() {
 # lint_scripts: every script parses; shellcheck reads the shell scripts where it is installed.
 lint_scripts() {
     local script shell=() python=()
-    for script in scripts/* benches/* benches/versus/* .ci/*; do
+    for script in scripts/* scripts/vm.d/* benches/* benches/versus/* .ci/*; do
         [ -f "$script" ] || continue
         case "$script:$(head -n 1 "$script")" in
             *bash*) shell+=("$script") ;;

@@ -35,6 +35,7 @@ pub mod node;
 pub mod peer;
 pub mod plan;
 pub mod probe;
+pub mod rdma;
 pub mod shard;
 pub mod source;
 pub mod staging;

@@ -155,7 +155,7 @@ impl Memory {
         match self.shareable() {
             Ok([readable, private]) => {
                 let sealed = Sealed { readable, private, bytes: self.bytes(), pages: self.pages };
-                Ok((sealed, Retired { _memory: self }))
+                Ok((sealed, Retired { memory: self }))
             }
             Err(error) => Err(Box::new((self, error))),
         }
@@ -349,7 +349,14 @@ impl AsFd for Sealed {
 /// The daemon's own mapping of sealed memory. Dropping it can take long (4 KiB pages): do it off the control thread.
 #[derive(Debug)]
 pub struct Retired {
-    _memory: Memory,
+    memory: Memory,
+}
+
+impl Retired {
+    /// For a device that reads from it: some kernels let it read from no other mapping of sealed memory.
+    pub(super) fn memory(&self) -> &Memory {
+        &self.memory
+    }
 }
 
 #[cfg(test)]

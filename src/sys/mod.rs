@@ -19,3 +19,4 @@ pub mod peer;
 pub mod uring;
 pub mod view;
 pub mod warm;
+pub mod verbs;

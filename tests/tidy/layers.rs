@@ -45,6 +45,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("shard", &["peer::offer", "plan", "staging", "sys", "checksum"]),
     ("measure", &["staging", "topology", "sys", "checksum"]),
     ("staging", &["sys"]),
+    ("rdma", &["sys"]),
     ("topology", &["sys"]),
     ("sys", &[]),
     ("checksum", &[]),
