@@ -19,6 +19,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("cli::serve", &["daemon", "cli"]),
     ("cli::doctor", &["cli", "topology", "measure", "probe", "staging", "sys"]),
     ("cli::bench", &["cli", "client", "API", "topology", "measure", "sys::page_cache"]),
+    ("cli::plan", &["cli", "plan"]),
     ("cli", &["client", "API", "topology", "probe"]),
     ("client", &["API", "sys::cuda", "sys::map", "sys::peer", "topology"]),
     ("in_process", &["API", "client", "daemon"]),
