@@ -252,6 +252,7 @@ fn completions_name_every_subcommand() {
         "top",
         "bench",
         "doctor",
+        "plan",
         "completions",
     ] {
         assert!(script.contains(name), "{name}");

@@ -1,4 +1,4 @@
-//! The command line: one file per subcommand. Every subcommand but `serve` and `doctor` is a client of the daemon.
+//! The command line: one file per subcommand. Every subcommand but `serve`, `doctor` and `plan` is a client of the daemon.
 //!
 //! With `--json` a subcommand prints exactly one JSON document to stdout, its result or `{"error": …}`. The exit code
 //! is that of the error's class.
@@ -14,6 +14,7 @@ mod output;
 mod parse;
 mod peers;
 mod pin;
+mod plan;
 mod prefetch;
 mod probe;
 mod progress;
@@ -90,6 +91,8 @@ enum Command {
     Bench(bench::Args),
     /// Say what limits this node and what to change; needs no daemon
     Doctor(doctor::Args),
+    /// Simulate what the daemon's planners would do; needs no daemon
+    Plan(plan::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
     /// Measure the way from the file on stdin to a GPU
@@ -156,6 +159,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode> {
         Command::Bench(args) => bench::run(context, &args),
         // What it finds decides its exit code.
         Command::Doctor(args) => return doctor::run(context.output, &args),
+        Command::Plan(args) => plan::run(context.output, &args),
         Command::Probe(settings) => probe::run(context.output, &settings),
         Command::Completions(args) => completions::run(&mut Cli::command(), &args, context.output),
     };

@@ -15,6 +15,7 @@ use crate::checksum::CHUNK_BYTES;
 mod direct;
 mod moves;
 mod scatter;
+pub mod spread;
 pub use direct::{DIRECT_BYTES_MAX, DIRECT_BYTES_MIN, Direct, DirectPiece, DirectRead, direct};
 pub use moves::{Copy, MOVES_MAX, Move, Plan, Target, moves};
 pub use scatter::scatter;

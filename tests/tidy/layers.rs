@@ -23,6 +23,8 @@ const LAYERS: &[(&str, &[&str])] = &[
         "cli::bench",
         &["cli", "client", "API", "topology", "measure", "sys::mem", "sys::page_cache", "sys::warm"],
     ),
+    ("cli::bench", &["cli", "client", "API", "topology", "measure", "sys::page_cache"]),
+    ("cli::plan", &["cli", "plan"]),
     ("cli", &["client", "API", "topology", "probe"]),
     ("client", &["API", "sys::cuda", "sys::map", "sys::peer", "topology"]),
     ("in_process", &["API", "client", "daemon"]),
