@@ -165,8 +165,10 @@ fn of_several_endpoints_one_that_works_is_found() {
     let Some(etcd) = Etcd::start(&[]) else { return };
     let dead = "http://127.0.0.1:1".to_owned();
     let endpoints = vec![dead.clone(), etcd.endpoint(), dead];
-    let a = join(&config::Etcd { endpoints, ..config("", LONG) }, "a");
-    connected(&a);
+    let config = config::Etcd { endpoints, ..config("", LONG) };
+    // Several: where one begins is left to chance.
+    let nodes: Vec<_> = (0..8).map(|at| join(&config, &format!("n{at}"))).collect();
+    nodes.iter().for_each(connected);
 }
 
 #[test]
@@ -298,6 +300,16 @@ fn certificates_are_checked_on_both_sides() {
 #[test]
 fn a_user_needs_the_password_and_the_rights() {
     let Some(etcd) = Etcd::start(&[]) else { return };
+    let password = etcd.directory().join("password");
+    let user = |user: &str| config::Etcd {
+        user: Some(user.to_owned()),
+        password_file: Some(password.clone()),
+        ..config(&etcd.endpoint(), LONG)
+    };
+    fs::write(&password, "any").unwrap();
+    let early = join(&user("node"), "early");
+    lost(&early, Code::DirectoryDenied);
+    drop(early);
     etcd.request(async |mut client| {
         for (user, password) in [("root", "secret"), ("node", "right"), ("guest", "right")] {
             client.user_add(user, password, None).await?;
@@ -314,12 +326,6 @@ fn a_user_needs_the_password_and_the_rights() {
         }
         client.auth_enable().await
     });
-    let password = etcd.directory().join("password");
-    let user = |user: &str| config::Etcd {
-        user: Some(user.to_owned()),
-        password_file: Some(password.clone()),
-        ..config(&etcd.endpoint(), LONG)
-    };
     fs::write(&password, "wrong\n").unwrap();
     let a = join(&user("node"), "a");
     lost(&a, Code::DirectoryDenied);

@@ -47,6 +47,7 @@ mod status {
     pub(super) const INVALID_ARGUMENT: i32 = 3;
     pub(super) const NOT_FOUND: i32 = 5;
     pub(super) const PERMISSION_DENIED: i32 = 7;
+    pub(super) const FAILED_PRECONDITION: i32 = 9;
     pub(super) const OUT_OF_RANGE: i32 = 11;
     pub(super) const UNAVAILABLE: i32 = 14;
     pub(super) const UNAUTHENTICATED: i32 = 16;
@@ -254,18 +255,8 @@ impl Link {
 
     async fn connect(&self, endpoint: u64) -> Result<Client, Error> {
         let options = self.options()?;
-        let connecting = Client::connect([self.endpoint(endpoint)], Some(options));
-        match timeout(self.timeout, connecting).await {
-            Err(_) => Err(Error::Timeout(self.timeout)),
-            Ok(Ok(client)) => Ok(client),
-            // The only request so far is that of the user: what is wrong with it are user and password.
-            Ok(Err(etcd_client::Error::GRpcStatus(status)))
-                if i32::from(status.code()) == status::INVALID_ARGUMENT =>
-            {
-                Err(Error::Denied(crate::json::shown(status.message())))
-            }
-            Ok(Err(error)) => Err(meaning(error)),
-        }
+        // With a user this asks etcd; without one nothing is sent yet.
+        self.call(Client::connect([self.endpoint(endpoint)], Some(options))).await
     }
 
     /// One request, which must be answered in time.
@@ -489,6 +480,8 @@ fn meaning(error: etcd_client::Error) -> Error {
     match i32::from(status.code()) {
         status::NOT_FOUND => Error::LeaseLost,
         status::PERMISSION_DENIED | status::UNAUTHENTICATED => Error::Denied(said),
+        // In answer to requests that are in order, etcd has these for: no user, a wrong password, no authentication.
+        status::INVALID_ARGUMENT | status::FAILED_PRECONDITION => Error::Denied(said),
         status::UNAVAILABLE => Error::Unreachable(chain(status)),
         // Of the connection: one that broke has no code of etcd.
         _ if std::error::Error::source(status).is_some() => Error::Unreachable(chain(status)),
