@@ -128,7 +128,7 @@ mod tests {
                 Err(error) => assert_eq!(error.code(), Code::ApiBadParams, "{method}: {error}"),
             }
         }
-        assert_eq!(Call::METHODS.len(), 16);
+        assert_eq!(Call::METHODS.len(), 17);
     }
 
     #[test]

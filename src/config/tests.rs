@@ -423,6 +423,7 @@ fn the_document_has_every_key_with_its_default_flag_variable_and_reload() {
         metrics_listen: Some("[::]:1".parse().unwrap()),
         peer: Peer {
             listen: Some("[::]:1".parse().unwrap()),
+            advertise: Some("a:1".to_owned()),
             certificate: Some("/c".into()),
             key: Some("/k".into()),
             ca: Some("/a".into()),

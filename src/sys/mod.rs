@@ -17,6 +17,6 @@ pub mod page_cache;
 pub mod pages;
 pub mod peer;
 pub mod uring;
+pub mod verbs;
 pub mod view;
 pub mod warm;
-pub mod verbs;

@@ -7,7 +7,9 @@ use crate::cli::parse;
 use crate::config::size;
 use crate::error::{Code, Error, Result};
 use crate::plan::spread::CHUNKS_MAX;
-use crate::plan::spread::simulate::{CHUNK_BYTES_MAX, LATENCY_NS_MAX, NODES_MAX, Outcome, RATE_MIN, Scenario};
+use crate::plan::spread::simulate::{
+    CHUNK_BYTES_MAX, LATENCY_NS_MAX, NODES_MAX, Outcome, RATE_MIN, Scenario,
+};
 
 /// Nodes times chunks, at most: each takes a microsecond or so, and the memory of all is bounded.
 const TRANSFERS_MAX: u64 = 200_000_000;
@@ -123,9 +125,9 @@ pub(super) fn run(output: Output, args: &Args) -> Result<()> {
         seed: args.seed,
     };
     // What a flag alone cannot say is wrong: more racks than nodes.
-    let outcome = scenario
-        .run()
-        .ok_or_else(|| Error::new(Code::CliUsage, "these numbers do not go together: too many racks or sources"))?;
+    let outcome = scenario.run().ok_or_else(|| {
+        Error::new(Code::CliUsage, "these numbers do not go together: too many racks or sources")
+    })?;
     let document = Document { version: VERSION, simulated: true, scenario: &scenario, outcome: &outcome };
     output.result(&document, || text(&scenario, &outcome))
 }

@@ -19,7 +19,11 @@ fn in_lockstep(order: &Order) -> u32 {
     let members = order.members() as usize;
     let chunks = order.chunks();
     let mut have: Vec<Chunks> = (0..members)
-        .map(|member| if (member as u32) < order.sources() { Chunks::all(chunks) } else { Chunks::none(chunks) })
+        .map(
+            |member| {
+                if (member as u32) < order.sources() { Chunks::all(chunks) } else { Chunks::none(chunks) }
+            },
+        )
         .collect();
     let mut turns: Vec<Vec<(usize, Ask)>> = Vec::new();
     for member in 0..members {

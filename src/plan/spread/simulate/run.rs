@@ -415,7 +415,11 @@ impl Run {
             wasted: self.wasted,
             asks: self.asks,
             asked_again: self.asked_again,
-            racks: if self.links.racks.len() > 1 { self.links.racks.iter().map(rack).collect() } else { Vec::new() },
+            racks: if self.links.racks.len() > 1 {
+                self.links.racks.iter().map(rack).collect()
+            } else {
+                Vec::new()
+            },
         }
     }
 }

@@ -22,7 +22,9 @@ fn shortest(nodes: u32, chunks: u32) -> f64 {
 
 #[test]
 fn without_latency_it_takes_the_shortest_time_there_is() {
-    for (nodes, chunks) in [(1, 1), (2, 1), (3, 1), (4, 64), (5, 64), (9, 64), (100, 64), (1000, 64), (1000, 1)] {
+    for (nodes, chunks) in
+        [(1, 1), (2, 1), (3, 1), (4, 64), (5, 64), (9, 64), (100, 64), (1000, 64), (1000, 1)]
+    {
         let scenario = Scenario { nodes, chunks, ..Scenario::default() };
         let outcome = everyone_has_it(&scenario);
         let rounds = outcome.ratio * f64::from(chunks);
