@@ -126,7 +126,7 @@ pub(crate) unsafe extern "C" fn query_device(
         | ibv_device_cap_flags::IBV_DEVICE_MEM_WINDOW_TYPE_2B.0;
     let out = DeviceAttributes {
         ports: found.phys_port_cnt.into(),
-        transport: match kind as i32 {
+        transport: match kind {
             0 => transport::IB,
             1 => transport::IWARP,
             _ => transport::OTHER,
@@ -153,7 +153,7 @@ pub(crate) unsafe extern "C" fn query_port(
         return code(answer);
     }
     let out = PortAttributes {
-        state: found.state as u32,
+        state: found.state,
         mtu: match found.active_mtu {
             ibv_mtu::IBV_MTU_256 => 256,
             ibv_mtu::IBV_MTU_512 => 512,

@@ -89,7 +89,7 @@ pub(crate) unsafe extern "C" fn poll(queue: *mut Queue, completions: *mut Comple
     let count = unsafe { ibv_poll_cq(queue.cast(), capacity as i32, found.as_mut_ptr()) };
     let Ok(polled) = usize::try_from(count) else { return -errno() };
     for (place, from) in found.iter().take(polled).enumerate() {
-        let out = Completion { id: from.wr_id, status: from.status as u32, vendor_error: from.vendor_err };
+        let out = Completion { id: from.wr_id, status: from.status, vendor_error: from.vendor_err };
         // SAFETY: below the caller's capacity.
         let target = unsafe { completions.add(place) };
         // SAFETY: as above.

@@ -230,8 +230,8 @@ impl Perftest {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         // bytes, iterations, peak, average, message rate.
         let size = checksum::CHUNK_BYTES.to_string();
-        let row = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let row = row.filter(|row| row.first() == Some(&size.as_str())).next_back();
+        let mut rows = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = rows.rfind(|row| row.first() == Some(&size.as_str()));
         let average = row.and_then(|row| row.get(3)?.parse().ok());
         average.ok_or_else(|| Wrong(format!("ib_read_bw gave no rate:\n{text}")))
     }
