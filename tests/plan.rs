@@ -20,14 +20,35 @@ fn document(arguments: &[&str]) -> Value {
 #[test]
 fn a_spread_is_simulated_and_said_to_be() {
     let arguments = [
-        "--nodes", "60", "--chunks", "64", "--chunk-bytes", "1MiB", "--link-rate", "1GiB", "--latency", "10us",
-        "--racks", "4", "--oversubscription", "2", "--fail", "5%", "--slow", "5%:0.5", "--seed", "7",
+        "--nodes",
+        "60",
+        "--chunks",
+        "64",
+        "--chunk-bytes",
+        "1MiB",
+        "--link-rate",
+        "1GiB",
+        "--latency",
+        "10us",
+        "--racks",
+        "4",
+        "--oversubscription",
+        "2",
+        "--fail",
+        "5%",
+        "--slow",
+        "5%:0.5",
+        "--seed",
+        "7",
     ];
     let first = document(&arguments);
     assert_eq!(first["simulated"], true);
     assert_eq!(first["scenario"]["seed"], 7);
     let outcome = &first["outcome"];
-    assert_eq!((&outcome["complete"], &outcome["died"], &outcome["incomplete"]), (&57.into(), &3.into(), &0.into()));
+    assert_eq!(
+        (&outcome["complete"], &outcome["died"], &outcome["incomplete"]),
+        (&57.into(), &3.into(), &0.into())
+    );
     assert_eq!(outcome["storage_reads"], 1.0);
     assert_eq!(outcome["racks"].as_array().unwrap().len(), 4);
     // 64 chunks over a link that carries 1024 in a second.

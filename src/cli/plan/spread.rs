@@ -7,7 +7,9 @@ use crate::cli::parse;
 use crate::config::size;
 use crate::error::{Code, Error, Result};
 use crate::plan::spread::CHUNKS_MAX;
-use crate::plan::spread::simulate::{CHUNK_BYTES_MAX, LATENCY_NS_MAX, NODES_MAX, Outcome, RATE_MIN, Scenario};
+use crate::plan::spread::simulate::{
+    CHUNK_BYTES_MAX, LATENCY_NS_MAX, NODES_MAX, Outcome, RATE_MIN, Scenario,
+};
 
 /// Nodes times chunks, at most: each takes a microsecond or so, and the memory of all is bounded.
 const TRANSFERS_MAX: u64 = 200_000_000;
@@ -73,11 +75,11 @@ pub(super) struct Args {
     corrupt: f64,
 
     /// Chunks that a node sends at a time
-    #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
     uploads: u32,
 
     /// Chunks that a node asks for at a time
-    #[arg(long, value_name = "NUMBER", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=64))]
     asks: u32,
 
     /// What is drawn by lot follows from it
@@ -123,9 +125,9 @@ pub(super) fn run(output: Output, args: &Args) -> Result<()> {
         seed: args.seed,
     };
     // What a flag alone cannot say is wrong: more racks than nodes.
-    let outcome = scenario
-        .run()
-        .ok_or_else(|| Error::new(Code::CliUsage, "these numbers do not go together: too many racks or sources"))?;
+    let outcome = scenario.run().ok_or_else(|| {
+        Error::new(Code::CliUsage, "these numbers do not go together: too many racks or sources")
+    })?;
     let document = Document { version: VERSION, simulated: true, scenario: &scenario, outcome: &outcome };
     output.result(&document, || text(&scenario, &outcome))
 }

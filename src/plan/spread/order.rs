@@ -79,7 +79,8 @@ impl Order {
             shares[share].push(member);
         }
         let mut places = vec![Place { cube: 0, vertex: 0, which: 0 }; members as usize];
-        let cubes = (0u32..).zip(&shares).map(|(cube, share)| Cube::new(cube, share, racks_matter, &mut places));
+        let cubes =
+            (0u32..).zip(&shares).map(|(cube, share)| Cube::new(cube, share, racks_matter, &mut places));
         let cubes = cubes.collect();
         Some(Order { sources, chunks, cubes, places, racks: racks.to_vec() })
     }

@@ -60,7 +60,7 @@ struct Known {
 
 /// Decides of whom one member asks which chunk. It has no clock: its caller says what happened.
 ///
-/// The caller sends what [`Puller::next`] gives until it gives nothing, and does so again after each event. A chunk is in
+/// The caller sends what [`Puller::next_ask`] gives until it gives nothing, and does so again after each event. A chunk is in
 /// flight at one member at a time.
 #[derive(Debug)]
 pub struct Puller {
@@ -114,7 +114,7 @@ impl Puller {
     }
 
     /// What to ask for next; nothing while as much is in flight as may be, or nobody can be asked.
-    pub fn next(&mut self) -> Option<Ask> {
+    pub fn next_ask(&mut self) -> Option<Ask> {
         if self.asked.len() >= self.limits.asks_max {
             return None;
         }
@@ -187,9 +187,11 @@ impl Puller {
             let tried = self.tried.get(&ask.chunk).map_or(0, Vec::len);
             (since <= due && tried < LATE_TRIED_MAX).then_some(ask)
         };
-        let elsewhere = |ask: &Ask| self.near(ask.chunk).any(|member| {
-            member != ask.member && self.is_earlier(member, ask.chunk) && self.may_ask(member, ask.chunk)
-        });
+        let elsewhere = |ask: &Ask| {
+            self.near(ask.chunk).any(|member| {
+                member != ask.member && self.is_earlier(member, ask.chunk) && self.may_ask(member, ask.chunk)
+            })
+        };
         let ask = self.asked.iter().filter_map(late).find(elsewhere)?;
         self.take(|other| *other == ask);
         self.known(ask.member).late += 1;
@@ -239,8 +241,7 @@ impl Puller {
     }
 
     fn may_ask(&self, member: Member, chunk: u32) -> bool {
-        self.could_ask(member, chunk)
-            && self.known.get(&member).is_none_or(|known| known.late < LATE_MAX)
+        self.could_ask(member, chunk) && self.known.get(&member).is_none_or(|known| known.late < LATE_MAX)
     }
 
     /// Whether it is neither this node, nor gone, nor known to send wrong bytes, nor has been tried, nor has enough to do.
@@ -265,7 +266,8 @@ impl Puller {
         let members = u64::from(self.order.members());
         // Begins elsewhere after each one that was tried.
         let from = mix(u64::from(self.me.0) << 32 ^ u64::from(chunk) << 8 ^ tried as u64);
-        let anyone = || (0..WALK_MAX.min(members)).map(|step| Member((from.wrapping_add(step) % members) as u32));
+        let anyone =
+            || (0..WALK_MAX.min(members)).map(|step| Member((from.wrapping_add(step) % members) as u32));
         self.best(chunk, earlier())
             .or_else(|| self.best(chunk, complete()))
             .or_else(|| self.cheapest(chunk, earlier()))
@@ -278,7 +280,8 @@ impl Puller {
     fn near(&self, chunk: u32) -> impl Iterator<Item = Member> {
         let place = self.order.place(self.me);
         let (_, parent) = self.order.due(place, chunk);
-        let vertices = [parent, place.vertex].into_iter().flat_map(move |vertex| self.order.around(place.cube, vertex));
+        let vertices =
+            [parent, place.vertex].into_iter().flat_map(move |vertex| self.order.around(place.cube, vertex));
         vertices.flat_map(move |vertex| self.order.vertex(place.cube, vertex).members())
     }
 
