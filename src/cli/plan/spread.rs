@@ -75,11 +75,11 @@ pub(super) struct Args {
     corrupt: f64,
 
     /// Chunks that a node sends at a time
-    #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
     uploads: u32,
 
     /// Chunks that a node asks for at a time
-    #[arg(long, value_name = "NUMBER", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=64))]
     asks: u32,
 
     /// What is drawn by lot follows from it

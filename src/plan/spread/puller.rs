@@ -60,7 +60,7 @@ struct Known {
 
 /// Decides of whom one member asks which chunk. It has no clock: its caller says what happened.
 ///
-/// The caller sends what [`Puller::next`] gives until it gives nothing, and does so again after each event. A chunk is in
+/// The caller sends what [`Puller::next_ask`] gives until it gives nothing, and does so again after each event. A chunk is in
 /// flight at one member at a time.
 #[derive(Debug)]
 pub struct Puller {
@@ -114,7 +114,7 @@ impl Puller {
     }
 
     /// What to ask for next; nothing while as much is in flight as may be, or nobody can be asked.
-    pub fn next(&mut self) -> Option<Ask> {
+    pub fn next_ask(&mut self) -> Option<Ask> {
         if self.asked.len() >= self.limits.asks_max {
             return None;
         }

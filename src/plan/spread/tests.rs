@@ -185,10 +185,10 @@ proptest! {
         for chunk in 0..20 {
             have.insert(chunk);
             uploads.arrived(chunk);
-            while let Some(first) = uploads.next() {
-                let second = uploads.next();
+            while let Some(first) = uploads.next_upload() {
+                let second = uploads.next_upload();
                 prop_assert!(second.is_none_or(|second| second.asker != first.asker));
-                prop_assert!(uploads.next().is_none(), "two at a time");
+                prop_assert!(uploads.next_upload().is_none(), "two at a time");
                 for request in [Some(first), second].into_iter().flatten() {
                     prop_assert!(have.has(request.chunk));
                     uploads.ended(request);
@@ -213,11 +213,11 @@ fn uploads_are_bounded_and_can_be_withdrawn() {
     assert!(uploads.request(request(1, 0), true, &none) && uploads.request(request(1, 1), true, &have));
     assert!(uploads.request(request(2, 2), true, &have) && uploads.request(request(2, 3), true, &have));
     uploads.withdrawn(Member(2), 3);
-    assert_eq!(uploads.next(), Some(request(2, 2)), "the earliest that is left");
-    assert_eq!(uploads.next(), None, "one at a time");
+    assert_eq!(uploads.next_upload(), Some(request(2, 2)), "the earliest that is left");
+    assert_eq!(uploads.next_upload(), None, "one at a time");
     uploads.gone(Member(1));
     uploads.ended(request(2, 2));
-    assert!(uploads.next().is_none() && uploads.is_empty());
+    assert!(uploads.next_upload().is_none() && uploads.is_empty());
     for asker in 0..REQUESTS_MAX as u32 {
         assert!(uploads.request(request(asker, 0), true, &none));
     }
@@ -234,7 +234,7 @@ struct Model {
 
 impl Model {
     fn ask(&mut self, puller: &mut Puller, me: Member, limits: Limits) {
-        while let Some(ask) = puller.next() {
+        while let Some(ask) = puller.next_ask() {
             assert_ne!(ask.member, me);
             assert!(!self.never.contains(&ask.member), "{ask:?}: gone, or wrong");
             assert!(!self.refusals.contains(&(ask.member, ask.chunk)), "{ask:?}: refused");

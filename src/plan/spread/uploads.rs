@@ -67,7 +67,7 @@ impl Uploads {
     }
 
     /// What to send now, if anything. It counts as being sent until [`Uploads::ended`].
-    pub fn next(&mut self) -> Option<Request> {
+    pub fn next_upload(&mut self) -> Option<Request> {
         if self.sending.len() >= self.at_once_max {
             return None;
         }

@@ -327,7 +327,7 @@ impl Run {
     }
 
     fn ask(&mut self, asker: u32) {
-        while let Some(Ask { member, chunk, turn, waits }) = self.nodes[asker as usize].puller.next() {
+        while let Some(Ask { member, chunk, turn, waits }) = self.nodes[asker as usize].puller.next_ask() {
             self.asks += 1;
             self.asked_again += u64::from(!self.nodes[asker as usize].asked.insert(chunk));
             let event = Event::Asked { server: member.0, asker, chunk, turn, waits };
@@ -356,7 +356,7 @@ impl Run {
             return;
         }
         let node = &mut self.nodes[at];
-        let Some(request) = node.uploads.next() else { return };
+        let Some(request) = node.uploads.next_upload() else { return };
         node.sent += 1;
         node.read.insert(request.chunk);
         let (had, serving) = (node.puller.have().count(), node.uploads.len() as u32);
