@@ -8,7 +8,8 @@
 //!    takes an address.
 //! 2. An operation owns its buffer from submission to completion. A dropped or cancelled job frees memory only when the
 //!    kernel and the GPU have said that they are done. A shard that cannot drain leaks and counts.
-//! 3. All staging is allocated, pinned and registered at start. The hot loop allocates nothing and takes no lock.
+//! 3. All staging is allocated, pinned and registered at start. The hot loop allocates nothing and takes no lock (but for
+//!    one moment a chunk, if peers may have what is loaded: docs/decisions/0011-peers.md).
 //! 4. Every queue, retry, frame, header and loop has a named limit in `Config`; going past it is an error with a code.
 //! 5. A short read, a short write, EAGAIN and a misaligned tail are handled in one place each, with a test each.
 //! 6. No byte reaches a client, a peer or a commit before its checksum was verified or computed.

@@ -5,10 +5,10 @@
 //! incomplete or wrong, and whoever writes to it can at most make nodes ask in vain.
 //!
 //! There are two backends. The list knows nothing by itself: each peer that was configured is a candidate for every artifact. etcd is
-//! read into memory by a thread of its own and kept up to date from there ([`docs/decisions/0014-directory.md`] says why), so that
+//! read into memory by a thread of its own and kept up to date from there ([`docs/decisions/0013-directory.md`] says why), so that
 //! nobody who asks ever waits for the network, and so that the last known state goes on being used while etcd is away.
 //!
-//! [`docs/decisions/0014-directory.md`]: ../../../../docs/decisions/0014-directory.md
+//! [`docs/decisions/0013-directory.md`]: ../../../../docs/decisions/0013-directory.md
 
 mod address;
 mod entry;
