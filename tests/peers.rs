@@ -219,8 +219,6 @@ fn a_node_that_still_loads_already_serves() {
     let mut at_b = b.connect();
     let first = prefetch(&mut at_b, &a.source);
     gate.allow(16 * MIB);
-    let number_of =
-        |daemon: &Daemon| number(&daemon.connect().call("job.list", &json!({})).unwrap()["jobs"][0]["bytes"]);
     b.until("bytes at b", |b| came(b) > 4 * MIB);
 
     let mut c = taker(&authority, "c", None, &[middle]);

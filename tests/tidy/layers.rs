@@ -8,7 +8,7 @@ const API: &[&str] = &["api::methods", "api::call", "api::wire", "api::scm", "ap
 
 /// What the running daemon is made of.
 const NODE: &[&str] = &[
-    "topology", "transfer", "probe", "tier", "catalog", "source", "plan", "shard", "staging", "sys",
+    "topology", "transfer", "probe", "peer", "tier", "catalog", "source", "plan", "shard", "staging", "sys",
     "checksum",
 ];
 
