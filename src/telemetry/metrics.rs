@@ -4,7 +4,7 @@
 //! to worry (a test compares the two, names and labels, both ways). Every series whose labels are a closed set exists from the start,
 //! at zero, so that a rate over it is right from the first event on.
 //!
-//! Hot paths take handles once ([`Metrics::shard`], [`Metrics::reads`], [`Metrics::device`]): after that an
+//! Hot paths take handles once ([`Metrics::shard`], [`Metrics::file_reads`], [`Metrics::device`]): after that an
 //! update is one atomic operation, without a lock or an allocation.
 
 use std::sync::atomic::AtomicU64;
