@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use common::daemon::Daemon;
 use common::gate::Gate;
+use common::gpu::{self, on_gpus};
 use common::model::Model;
 use common::peers::{Authority, address, options};
 use common::wire::{Connection, list, number, text};
@@ -113,6 +114,27 @@ fn selected_tensors_come_from_a_peer() {
     let whole = a.model.contents("layers.1.attention.weight");
     let last_quarter: Vec<u8> = whole.chunks(4096).flat_map(|row| row[3072..].to_vec()).collect();
     assert!(attached.tensor("layers.1.attention.weight") == last_quarter);
+}
+
+/// What goes to a (simulated) GPU is resident on the host tier, too.
+#[test]
+fn to_a_gpu_it_goes_by_way_of_the_host_tier() {
+    on_gpus!(256);
+    let authority = Authority::of(&["a", "b"]);
+    let a = holder(&authority, "a", |path| Model::mixed(path, 8));
+    let root = directory();
+    let config = authority.config("b", None, &[a.address]);
+    let b = options(root.path(), &config).flags(&["--gpu-budget", "128MiB"]).start();
+    let (_client, attached) = gpu::attach(&b, &json!({"source": a.source, "device": "gpu:0"}));
+    gpu::verify(&attached.unwrap(), &a.model);
+    let mut connection = b.connect();
+    let jobs = connection.call("job.list", &json!({})).unwrap();
+    let paths = &jobs["jobs"][0]["path"];
+    assert_eq!(number(&paths["tcp"]), a.model.bytes(), "{jobs}");
+    assert!(number(&paths["host"]) > 0, "{jobs}");
+    assert_eq!(number(&jobs["jobs"][0]["bytes"]), number(&jobs["jobs"][0]["total"]), "{jobs}");
+    let on_host = connection.attach(&json!({"source": a.source, "wait": false})).unwrap();
+    a.model.assert_equal(&on_host);
 }
 
 #[test]

@@ -60,6 +60,10 @@ impl Jobs {
             let manifest = sources.first().and_then(|source| source.content.manifest.clone());
             return Ok(contents(prepared, manifest, checks, taken));
         }
+        if prepared.files.is_empty() {
+            let message = "the host tier cannot be registered with the driver, and peers give to nothing else: see the log";
+            return Err(Error::new(Code::DeviceUnavailable, message));
+        }
         let (prepared, landed) = self.fill(job, prepared, priority, taken).await?;
         let files = Arc::clone(&prepared.files);
         let checked = blocking(move || {

@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 use super::load::{Carriers, Prepared, blocking, sums, too_large, too_many_reads};
 use super::{Job, Jobs};
 use crate::error::{Code, Error, Result};
-use crate::peer::offered::Offered;
+use crate::peer::{self, offered::Offered};
 use crate::plan::{self, Plan, Target};
 use crate::shard::{Batch, Part, Progress, Regions};
 use crate::sys::mem::{HUGE_PAGE_BYTES, Memory};
@@ -87,6 +87,9 @@ impl Jobs {
     ) -> (Result<()>, Option<Batch>) {
         let all = Carriers::Shards { moves: None, priority };
         let Some(fetch) = self.peers.fetch(job, prepared).await else {
+            if prepared.files.is_empty() {
+                return (Err(peer::nobody()), Some(batch));
+            }
             return self.carry_out(job, batch, &prepared.files, all).await;
         };
         let (outcome, batch) = self.carry_out(job, batch, &prepared.files, Carriers::Peers(&fetch)).await;
