@@ -143,8 +143,10 @@ fn top_shows_a_real_daemon_in_a_real_terminal_and_outlives_it() {
     client.attach(&json!({"source": model.path})).unwrap();
     let mut screen = Screen::start(&daemon, 120, 30);
     let path = model.path.to_str().unwrap().to_owned();
-    let shown = screen.until("the artifact", |shown| shown.contains(&path) && shown.contains("a-test 1"));
-    assert!(shown.contains("artifacts: 1") && shown.contains("q quit"), "{shown}");
+    // The last line is drawn last: with it, the frame is whole.
+    let whole = |shown: &str| shown.contains(&path) && shown.contains("a-test 1") && shown.contains("q quit");
+    let shown = screen.until("the artifact", whole);
+    assert!(shown.contains("artifacts: 1"), "{shown}");
     screen.keys(b"\t\ts");
     screen.until("a sorted list", |shown| shown.contains("NAME▼"));
     screen.resize(40, 8);
