@@ -133,7 +133,10 @@ fn aligned_tensors_come_directly_and_the_rest_by_slots() {
         assert!(bytes_by(&load(daemon, &first), "direct") > 0);
         daemon.fds()
     };
-    assert_eq!(again(&mut daemon), again(&mut daemon));
+    let before = again(&mut daemon);
+    (0..3).for_each(|_| drop(again(&mut daemon)));
+    // Connections of the questions may still be closing; what each load leaves would be more.
+    daemon.until("as few descriptors as before", |daemon| daemon.fds() <= before);
 
     // In place, too: the checksums that the device has made are those of the tensors.
     let place = |tensor: &str| {
